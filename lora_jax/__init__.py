@@ -1,0 +1,35 @@
+"""lora_jax: LoRA experiments in JAX, for any function of a parameter tree."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Loaded on first use, so that `import lora_jax` costs what it uses (PEP 562).
+_HOME = {
+    "UserError": "errors",
+    "adapt": "tensors",
+    "densify": "tensors",
+    "LowRank": "tensors",
+    "LoRA": "methods",
+    "FullFineTuning": "methods",
+    "METHODS": "methods",
+    "load_pretrained": "pretrained",
+    "save_pretrained": "pretrained",
+    "load_tokenizer": "pretrained",
+    "load_adapter": "pretrained",
+    "save_adapter": "pretrained",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,0 +1,153 @@
+"""The method protocol: a rule about a parameter tree, with hooks that are no-ops unless needed.
+
+A new method is one file: a frozen dataclass that subclasses `Method`, registered by
+`@register("name")`. The trainer, the sweeps and the tables know only this protocol.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import partition
+from lora_jax.errors import UserError, nearest
+
+Trainable = dict[str, Any]
+METHODS: dict[str, type[Method]] = {}
+M = TypeVar("M", bound="type[Method]")
+
+
+def register(name: str) -> Callable[[M], M]:
+    """Class decorator: `config.method.name = name` then builds this class."""
+
+    def add(cls: M) -> M:
+        METHODS[name] = cls
+        cls.name = name
+        return cls
+
+    return add
+
+
+def method_class(name: str) -> type[Method]:
+    """The class registered under `name`; UserError with the nearest names otherwise."""
+    if name not in METHODS:
+        raise UserError(f"no method {name!r}; {nearest(name, METHODS)}")
+    return METHODS[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Trainable parameters per target, with layers added up (`layers/*/attention/query`)."""
+
+    per_target: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.per_target.values())
+
+    def __str__(self) -> str:
+        rows = [*self.per_target.items(), ("total", self.total)]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {n:>14,}" for name, n in rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Base of all methods. `init`, `combine`, `merge` and `count` are required."""
+
+    name: ClassVar[str] = ""
+
+    def init(self, key: jax.Array, params: Any) -> Trainable:
+        """The trainable tree at the start: a flat dict keyed by leaf path. Never aliases params."""
+        raise TypeError(f"{type(self).__name__} does not define init")
+
+    def combine(self, params: Any, trainable: Trainable, *, key: jax.Array | None = None) -> Any:
+        """Flax variables `{"params": …}` (and further collections) to apply the model to.
+
+        Run the model through `lora_jax.adapt`. `key` switches dropout on.
+        """
+        raise TypeError(f"{type(self).__name__} does not define combine")
+
+    def merge(self, params: Any, trainable: Trainable) -> Any:
+        """An ordinary parameter tree that computes the same; UserError if the method cannot."""
+        raise TypeError(f"{type(self).__name__} does not define merge")
+
+    def count(self, params: Any) -> Counts:
+        """Trainable parameters per target; padding does not count."""
+        raise TypeError(f"{type(self).__name__} does not define count")
+
+    def dropped(self, params: Any) -> Any:
+        """`params` with a hole where a leaf is trained whole: what the frozen side must hold."""
+        return params
+
+    def prepare(self, apply: Callable[..., Any], params: Any, batches: Iterable[Any]) -> Method:
+        """Data-driven starts (EVA, LoRA-GA): the method to use after looking at some batches."""
+        return self
+
+    def penalty(self, trainable: Trainable) -> jax.Array | float:
+        """Added to the loss."""
+        return 0.0
+
+    def wrap_optimizer(self, tx: Any) -> Any:
+        """The optimizer to use in place of `tx` (LoRA+, GaLore)."""
+        return tx
+
+    def after_update(self, state: Any) -> Any:
+        """Pure function of the training state, inside the step (AdaLoRA, ReLoRA)."""
+        return state
+
+
+def whole_leaves(params: Any, patterns: tuple[str, ...]) -> list[str]:
+    """Paths of the leaves trained whole: those whose expanded paths match a pattern.
+
+    Raises UserError where a pattern matches nothing, or only some layers of a stacked leaf: such
+    a stack must first be cut in segments, since a leaf either trains or does not.
+    """
+    flat = partition.flatten(params)
+    every = [e for p in flat for e in partition.expand(p)]
+    partition.check_patterns(patterns, every, "train")
+    chosen = []
+    for path in flat:
+        layers = partition.expand(path)
+        hits = [any(partition.matches(p, e) for p in patterns) for e in layers]
+        if all(hits):
+            chosen.append(path)
+        elif any(hits):
+            start, _ = partition.stack_of(path) or (0, 0)
+            cuts = [start + i for i in range(1, len(hits)) if hits[i] != hits[i - 1]]
+            stack = path[: path.index("[")].rsplit("/", 1)[-1]
+            raise UserError(
+                f"train: {path!r} is stacked and only some of its layers match; cut it first: "
+                f"params = lora_jax.partition.split_stacks(params, {{{stack!r}: {cuts}}})"
+            )
+    return chosen
+
+
+def copy(x: Any) -> jax.Array:
+    """A fresh buffer: trainable leaves are donated to the step, params never are."""
+    return jnp.array(x, copy=True)
+
+
+def target_name(path: str) -> str:
+    """`layers[0:30]/attention/query/kernel` as `layers/*/attention/query/kernel`."""
+    return re.sub(r"\[\d+:\d+\]", "/*", path)
+
+
+def count_whole(params: Any, paths: Iterable[str]) -> dict[str, int]:
+    flat = partition.flatten(params)
+    counts: dict[str, int] = {}
+    for path in paths:
+        name = target_name(path)
+        counts[name] = counts.get(name, 0) + int(np.prod(flat[path].shape, dtype=np.int64))
+    return counts
+
+
+def holes(params: Any, paths: Iterable[str]) -> Any:
+    wanted = set(paths)
+    return partition.split(params, lambda path, _: path in wanted)[0]

@@ -1,0 +1,40 @@
+"""Full fine-tuning, of every leaf or of those that match: the baseline LoRA is compared with."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from lora_jax import partition
+from lora_jax.methods import base
+
+
+@base.register("full")
+@dataclasses.dataclass(frozen=True)
+class FullFineTuning(base.Method):
+    """Trains the leaves whose expanded paths match a pattern of `train` (all by default).
+
+    `train=(r"head",)` is head-only training, `train=(r"bias$",)` BitFit.
+    """
+
+    train: tuple[str, ...] = (".*",)
+
+    def init(self, key: jax.Array, params: Any) -> base.Trainable:
+        flat = partition.flatten(params)
+        return {p: base.copy(flat[p]) for p in base.whole_leaves(params, self.train)}
+
+    def combine(
+        self, params: Any, trainable: base.Trainable, *, key: jax.Array | None = None
+    ) -> Any:
+        return {"params": partition.combine(params, trainable)}
+
+    def merge(self, params: Any, trainable: base.Trainable) -> Any:
+        return partition.combine(params, trainable)
+
+    def count(self, params: Any) -> base.Counts:
+        return base.Counts(base.count_whole(params, base.whole_leaves(params, self.train)))
+
+    def dropped(self, params: Any) -> Any:
+        return base.holes(params, base.whole_leaves(params, self.train))

@@ -1,0 +1,275 @@
+"""LoRA: low-rank adaptation of large language models (Hu et al. 2021, arXiv:2106.09685)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import partition
+from lora_jax.errors import UserError
+from lora_jax.methods import base
+from lora_jax.tensors.low_rank import LowRank
+
+ALL_LINEAR = "all-linear"
+_STARTS = ("uniform", "gaussian")
+_SCALINGS = ("standard", "rslora")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which axes of a leaf are batch (b), input (i) and output (o), e.g. `bio`, `ioo`, `iiio`."""
+
+    letters: str
+
+    def axes(self, letter: str) -> tuple[int, ...]:
+        n = len(self.letters)
+        return tuple(i - n for i, x in enumerate(self.letters) if x == letter)
+
+    def sizes(self, shape: tuple[int, ...], letter: str) -> tuple[int, ...]:
+        return tuple(n for n, x in zip(shape, self.letters, strict=True) if x == letter)
+
+
+@base.register("lora")
+@dataclasses.dataclass(frozen=True)
+class LoRA(base.Method):
+    """h = x·W0 + (alpha / r)·x·A·B with W0 frozen (eq. 3), A random and B zero at the start.
+
+    Regexes are searched in expanded leaf paths and in their modules' paths
+    (`layers/3/attention/query`); in an ordered tuple of (regex, value) the first match wins.
+
+    Args:
+      rank: r, or rules. Layers of a stack may differ: the factors are padded with zero columns,
+        which stay zero under training. Rank 0 leaves a module alone.
+      alpha: numerator of the scale, or rules.
+      targets: regex(es) of the modules to adapt, or "all-linear": every matrix inside a stack.
+      scaling: "standard" alpha/r, "rslora" alpha/sqrt(r) (Kalajdzievski 2023).
+      dropout: rate of the dropout on the input of A.
+      start: "uniform" U(±1/sqrt(d_in)), what PEFT and microsoft/LoRA do; "gaussian"
+        N(0, 1/d_in), as the paper's text says. Embeddings: A zero, B normal, as in PEFT. Every
+        column has a key of its own, so a rank-4 start is the prefix of the rank-8 one.
+      init_scale: multiplies the start.
+      train: regexes of further leaves trained whole (a head, biases).
+      layouts: rules of axis letters (see Layout) where they are not evident: leaves in a stack
+        are "bio", elsewhere 2-D is "io" and 4-D a convolution "iiio"; 3-D must be told.
+    """
+
+    rank: Any = 8
+    alpha: Any = 16.0
+    targets: str | tuple[str, ...] = r"attention/(query|value)$"
+    scaling: str = "standard"
+    dropout: float = 0.0
+    start: str = "uniform"
+    init_scale: float = 1.0
+    train: tuple[str, ...] = ()
+    layouts: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.scaling not in _SCALINGS:
+            raise UserError(f"scaling must be one of {_SCALINGS}, not {self.scaling!r}")
+        if self.start not in _STARTS:
+            raise UserError(f"start must be one of {_STARTS}, not {self.start!r}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"dropout must be in [0, 1), not {self.dropout}")
+
+    # Which leaves, with which ranks and scales.
+
+    def ranks(self, params: Any) -> dict[str, list[int]]:
+        """Rank per layer of every targeted leaf, by leaf path (one entry outside of stacks)."""
+        flat = partition.flatten(params)
+        patterns = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+        rules = partition.Rules.of(self.rank)
+        whole = set(base.whole_leaves(params, self.train)) if self.train else set()
+        found: dict[str, list[int]] = {}
+        for path, leaf in flat.items():
+            if path in whole:
+                continue
+            ranks = [
+                int(rules.get(e, 0)) if self._targeted(patterns, path, e, leaf) else 0
+                for e in partition.expand(path)
+            ]
+            if any(ranks):
+                if min(ranks) < 0:
+                    raise UserError(f"rank must not be negative, at {path!r}")
+                found[path] = ranks
+        self._check(patterns, rules, flat, found)
+        return found
+
+    def _targeted(self, patterns: tuple[str, ...], path: str, expanded: str, leaf: Any) -> bool:
+        stacked = partition.stack_of(path) is not None
+        name = path.removesuffix("/value").rsplit("/", 1)[-1]
+        if len(leaf.shape) - stacked < 2 or name in ("bias", "scale"):
+            return False  # DenseGeneral's bias has two axes; biases and norms go in `train`
+        if patterns == (ALL_LINEAR,):
+            return stacked
+        return any(partition.matches(p, expanded) for p in patterns)
+
+    def _check(
+        self,
+        patterns: tuple[str, ...],
+        rules: partition.Rules,
+        flat: dict[str, Any],
+        found: dict[str, list[int]],
+    ) -> None:
+        every = [e for p in flat for e in partition.expand(p)]
+        if patterns != (ALL_LINEAR,):
+            partition.check_patterns(patterns, every, "targets")
+        hit = [e for p in found for e in partition.expand(p)]
+        if not hit and patterns != (ALL_LINEAR,):
+            raise UserError(
+                f"targets {patterns} match no matrix that takes a rank above 0: a low-rank update "
+                "needs at least two axes (name biases and norms in `train`)"
+            )
+        rules.check(every, "rank")
+        partition.Rules.of(self.alpha).check(hit, "alpha")
+
+    def layout(self, path: str, leaf: Any) -> Layout:
+        """The leaf's axis letters; UserError where they are not evident or do not fit."""
+        ndim = len(leaf.shape)
+        told = partition.Rules.of(self.layouts or ((".*", None),)).get(partition.expand(path)[0])
+        stacked = partition.stack_of(path) is not None
+        letters = told or ("b" * stacked + {2: "io", 4: "iiio"}.get(ndim - stacked, ""))
+        fits = len(letters) == ndim and set(letters) <= set("bio") and {"i", "o"} <= set(letters)
+        if not fits:
+            raise UserError(
+                f"{path!r} has shape {tuple(leaf.shape)}: say which axes are batch, input and "
+                f"output, e.g. layouts=(({partition.module(path)!r}, {'ioo'[:ndim]!r}),); "
+                f"got {letters!r}"
+            )
+        return Layout(letters)
+
+    def scales(self, params: Any) -> dict[str, np.ndarray]:
+        """s per leaf: float32, shape (layers,) in a stack and () elsewhere; 0 where rank is 0."""
+        rules = partition.Rules.of(self.alpha)
+        power = 0.5 if self.scaling == "rslora" else 1.0
+        scales = {}
+        for path, ranks in self.ranks(params).items():
+            layers = partition.expand(path)
+            values = [
+                float(rules.get(e, 0.0)) / r**power if r else 0.0
+                for e, r in zip(layers, ranks, strict=True)
+            ]
+            stacked = partition.stack_of(path) is not None
+            scales[path] = np.asarray(values if stacked else values[0], np.float32)
+        return scales
+
+    # The protocol.
+
+    def init(self, key: jax.Array, params: Any) -> base.Trainable:
+        flat = partition.flatten(params)
+        trainable: base.Trainable = {}
+        for path, ranks in self.ranks(params).items():
+            trainable[path] = self._factors(key, path, flat[path], ranks)
+        for path in base.whole_leaves(params, self.train) if self.train else ():
+            trainable[path] = base.copy(flat[path])
+        return trainable
+
+    def _factors(self, key: jax.Array, path: str, leaf: Any, ranks: list[int]) -> Any:
+        layout = self.layout(path, leaf)
+        shape = tuple(leaf.shape)
+        ins, outs = layout.sizes(shape, "i"), layout.sizes(shape, "o")
+        batch, widest = layout.sizes(shape, "b"), max(ranks)
+        embedding = path.removesuffix("/value").endswith("embedding")
+        drawn = outs if embedding else ins
+        n_other = math.prod(batch) // len(ranks)  # experts, or a stack that the path does not show
+        columns = [
+            self._columns(
+                key, f"{layer}#{j}" if n_other > 1 else layer, drawn, r, widest, embedding
+            )
+            for layer, r in zip(partition.expand(path), ranks, strict=True)
+            for j in range(n_other)
+        ]
+        random = jnp.stack(columns).reshape(*batch, widest, *drawn)
+        if embedding:
+            return {"a": jnp.zeros((*batch, *ins, widest)), "b": random}
+        a = jnp.moveaxis(random, len(batch), -1)
+        return {"a": a, "b": jnp.zeros((*batch, widest, *outs))}
+
+    def _columns(
+        self, key: jax.Array, layer: str, size: tuple[int, ...], r: int, widest: int, normal: bool
+    ) -> jax.Array:
+        """[widest, *size]: r random columns, then zeros. Column j depends on (layer, j) alone."""
+        key = jax.random.fold_in(key, zlib.crc32(layer.encode()))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(widest))
+        std = 1.0 if normal else 1.0 / math.sqrt(math.prod(size))
+        if normal or self.start == "gaussian":
+            columns = jax.vmap(lambda k: jax.random.normal(k, size))(keys) * std
+        else:
+            columns = jax.vmap(lambda k: jax.random.uniform(k, size, minval=-std, maxval=std))(keys)
+        live = (jnp.arange(widest) < r).reshape(-1, *[1] * len(size))
+        return jnp.where(live, columns * self.init_scale, 0.0)
+
+    def combine(
+        self, params: Any, trainable: base.Trainable, *, key: jax.Array | None = None
+    ) -> Any:
+        return {"params": self._weights(params, trainable, key)}
+
+    def _weights(self, params: Any, trainable: base.Trainable, key: jax.Array | None) -> Any:
+        flat = partition.flatten(params)
+        scales = self.scales(params)
+        new: dict[str, Any] = {}
+        for path, value in trainable.items():
+            if path not in flat:
+                raise UserError(
+                    f"the adapter has {path!r}, which the parameters lack: other model?"
+                )
+            new[path] = value
+            if path in scales:
+                new[path] = self._weight(path, flat[path], value, scales[path], key)
+        return partition.combine(params, new)
+
+    def _weight(self, path: str, w: Any, ab: Any, scale: np.ndarray, key: Any) -> LowRank:
+        layout = self.layout(path, w)
+        keys = rate = None
+        if key is not None and self.dropout:
+            layers = [
+                jax.random.fold_in(key, zlib.crc32(e.encode())) for e in partition.expand(path)
+            ]
+            keys = jnp.stack(layers) if partition.stack_of(path) else layers[0]
+            rate = jnp.asarray(self.dropout, jnp.float32)
+        return LowRank(
+            w, ab["a"], ab["b"], jnp.asarray(scale), keys, rate,
+            layout.axes("i"), layout.axes("o"), path,
+        )  # fmt: skip
+
+    def merge(self, params: Any, trainable: base.Trainable) -> Any:
+        """W + s·A·B, summed in float32 and rounded once to W's dtype.
+
+        So merged and unmerged weights differ by at most half a unit in the last place of W's
+        dtype, an element; `unmerge` gives W back to one unit of the larger of |W|, |W + s·A·B|.
+        """
+        from lora_jax.tensors.base import densify
+
+        return densify(self._weights(params, trainable, None))
+
+    def unmerge(self, merged: Any, trainable: base.Trainable) -> Any:
+        """Takes s·A·B off again; leaves trained whole stay as they are in `merged`."""
+        scales = self.scales(merged)
+        flat = partition.flatten(merged)
+        new = {}
+        for path, scale in scales.items():
+            leaf = self._weight(path, flat[path], trainable[path], -scale, None)
+            new[path] = leaf.dense()
+        return partition.replace(merged, new)
+
+    def count(self, params: Any) -> base.Counts:
+        flat = partition.flatten(params)
+        counts: dict[str, int] = {}
+        for path, ranks in self.ranks(params).items():
+            layout, shape = self.layout(path, flat[path]), tuple(flat[path].shape)
+            width = math.prod(layout.sizes(shape, "i")) + math.prod(layout.sizes(shape, "o"))
+            copies = math.prod(layout.sizes(shape, "b")) // len(ranks)
+            name = base.target_name(path)
+            counts[name] = counts.get(name, 0) + sum(ranks) * width * copies
+        whole = base.whole_leaves(params, self.train) if self.train else []
+        for name, n in base.count_whole(params, whole).items():
+            counts[name] = counts.get(name, 0) + n
+        return base.Counts(counts)
+
+    def dropped(self, params: Any) -> Any:
+        return base.holes(params, base.whole_leaves(params, self.train)) if self.train else params

@@ -1,0 +1,59 @@
+"""What a weight type must say of itself, and the error for what it cannot do."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import jax
+
+from lora_jax.errors import UserError
+
+
+class WeightError(UserError):
+    """An operation met a weight that has no rule for it."""
+
+
+class Weight:
+    """Base of leaves that know how to multiply: frozen pytree dataclasses standing for an array.
+
+    A subclass has `shape` and `dtype` (those of the array it stands for), `path` (static, for
+    errors), `dense()`, and a method per primitive it has a rule for, named after the primitive:
+    `rule(self, args, position, params)` gets the equation's inputs, its own position among them
+    and the primitive's parameters, and returns the output (or NotImplemented, with the error
+    then saying that the rule does not cover this use).
+    """
+
+    is_weight: ClassVar[bool] = True
+    path: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        raise TypeError(f"{type(self).__name__} does not define shape")
+
+    @property
+    def dtype(self) -> Any:
+        raise TypeError(f"{type(self).__name__} does not define dtype")
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def dense(self) -> jax.Array:
+        """The array this stands for."""
+        raise TypeError(f"{type(self).__name__} does not define dense")
+
+    def stacked(self) -> Any:
+        """A tree of bools shaped like self: does this array carry the leading axis of `shape`?
+
+        Scan slices those along their first axis and hands the others whole to every step.
+        """
+        raise TypeError(f"{type(self).__name__} does not define stacked")
+
+
+def is_weight(x: Any) -> bool:
+    return getattr(type(x), "is_weight", False)
+
+
+def densify(tree: Any) -> Any:
+    """The tree with every weight replaced by the dense array it stands for."""
+    return jax.tree.map(lambda x: x.dense() if is_weight(x) else x, tree, is_leaf=is_weight)
