@@ -9,6 +9,7 @@ reads the same whether layers are stacked, split in segments, or kept apart.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
@@ -177,9 +178,10 @@ def split_stacks(tree: Any, bounds: Mapping[str, Sequence[int]]) -> Any:
         start, stop = int(match["start"]), int(match["stop"])
         inside = {b for b in bounds.get(match["name"], ()) if start < b < stop}
         cuts = sorted({start, stop, *inside})
-        for i, j in zip(cuts[:-1], cuts[1:], strict=True):
+        for i, j in itertools.pairwise(cuts):
             part = sub
             if (i, j) != (start, stop):
-                part = jax.tree.map(lambda x, i=i, j=j: x[i - start : j - start], sub)
+                cut = slice(i - start, j - start)
+                part = jax.tree.map(lambda x, cut=cut: x[cut], sub)
             out[f"{match['name']}[{i}:{j}]"] = part
     return out

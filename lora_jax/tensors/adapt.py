@@ -18,7 +18,7 @@ from jax.extend import core as jex
 
 from lora_jax.tensors.base import WeightError, is_weight
 
-Handler = Callable[[Any, Sequence[Any]], Sequence[Any]]
+Handler = Callable[[Any, list[Any]], Sequence[Any]]
 
 
 def adapt(f: Callable[..., Any]) -> Callable[..., Any]:

@@ -80,8 +80,7 @@ class LowRank(Weight):
         n = len(self.batch_axes)
         if n == 0:
             raise WeightError(f"scan runs along an input or output axis of {self.path!r}")
-        return dataclasses.replace(
-            self,
+        flags: dict[str, Any] = dict(
             w=self.w.stacked() if is_weight(self.w) else True,
             a=self.a.ndim - len(self.in_axes) - 1 == n,
             b=self.b.ndim - len(self.out_axes) - 1 == n,
@@ -89,6 +88,7 @@ class LowRank(Weight):
             key=None if self.key is None else self.key.ndim == n,
             rate=None if self.rate is None else jnp.ndim(self.rate) == n,
         )
+        return dataclasses.replace(self, **flags)
 
     # Letters: one per axis of W, so that each product is one einsum beside W's own operation.
 

@@ -1,0 +1,166 @@
+"""From a config file to frozen dataclasses, once, at the edge.
+
+Defaults live in the dataclasses only. A config file names what it changes; `expand` fills in the
+rest, so that a saved config is complete and every field can be overridden on the command line.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.util
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_jax.errors import UserError, nearest
+
+Kinds = Mapping[str, type]
+
+
+def load_file(spec: str) -> dict[str, Any]:
+    """`get_config(arg)` of `path.py` or `path.py:arg`, as plain dicts."""
+    path, _, arg = spec.partition(":")
+    if not Path(path).is_file():
+        raise UserError(f"no config file {path!r}")
+    module_spec = importlib.util.spec_from_file_location("lora_jax_config", path)
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"{path!r} is not a Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{path!r} defines no get_config(arg)")
+    config = module.get_config(arg) if arg else module.get_config()
+    return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+
+
+def parse_arg(arg: str, **defaults: Any) -> types.SimpleNamespace:
+    """`"steps=20,fast"` over typed defaults; an unknown key or a wrong type is a UserError."""
+    values = dict(defaults)
+    for part in filter(None, arg.split(",")):
+        key, equals, text = part.partition("=")
+        if key not in defaults:
+            raise UserError(f"config argument {key!r} is unknown; {nearest(key, defaults)}")
+        values[key] = convert(literal(text), type(defaults[key]), key) if equals else True
+    return types.SimpleNamespace(**values)
+
+
+def literal(text: str) -> Any:
+    """A Python literal, or the text itself where it is none. `true`, `false`, `none` too."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def override(config: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Applies `method.rank=4` and the like to an expanded config; unknown keys are UserErrors.
+
+    Changing a `kind` drops the fields of the old kind, so put it before the fields of the new.
+    """
+    for assignment in assignments:
+        dotted, equals, text = assignment.partition("=")
+        if not equals:
+            raise UserError(f"{assignment!r}: write --config.key=value")
+        *parents, last = dotted.split(".")
+        node: Any = config
+        for at, key in enumerate([*parents, last]):
+            if not isinstance(node, dict) or (key not in node and "kind" not in node):
+                known = node if isinstance(node, dict) else ()
+                where = ".".join([*parents, last][:at]) or "the config"
+                raise UserError(f"{where} has no key {key!r}; {nearest(key, known)}")
+            if at < len(parents):
+                node = node[key]
+        if last == "kind" and node["kind"] != text:
+            node.clear()
+        node[last] = literal(text)
+    return config
+
+
+def build(cls: Any, value: Any, kinds: Mapping[str, Kinds], path: str = "config") -> Any:
+    """The dataclass `cls` from nested mappings.
+
+    Args:
+      kinds: for the name of a field annotated Any, the classes its `kind` chooses among.
+    """
+    if not isinstance(value, Mapping):
+        raise UserError(f"{path} must be a mapping, not {value!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in value:
+        if key not in fields:
+            raise UserError(f"{path} has no key {key!r}; {nearest(str(key), fields)}")
+    built = {}
+    for name, item in value.items():
+        where = f"{path}.{name}"
+        if name in kinds and hints[name] is Any:
+            built[name] = _of_kind(item, kinds[name], kinds, where)
+        elif dataclasses.is_dataclass(hints[name]):
+            built[name] = build(hints[name], item, kinds, where)
+        else:
+            built[name] = convert(item, hints[name], where)
+    try:
+        return cls(**built)
+    except TypeError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _of_kind(value: Any, classes: Kinds, kinds: Mapping[str, Kinds], path: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{path} must be a mapping with a kind, not {value!r}")
+    rest = dict(value)
+    kind = rest.pop("kind", None)
+    if kind not in classes:
+        raise UserError(f"{path}.kind is {kind!r}; {nearest(str(kind), classes)}")
+    return build(classes[kind], rest, kinds, path)
+
+
+def convert(value: Any, hint: Any, path: str) -> Any:
+    """`value` as the annotated type, where that loses nothing; UserError otherwise."""
+    if hint is Any:
+        return _frozen(value)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            try:
+                return convert(value, option, path)
+            except UserError:
+                continue
+    elif origin is typing.Literal and value in args:
+        return value
+    elif origin is tuple and isinstance(value, list | tuple):
+        return _frozen(value)
+    elif (origin or hint) in (dict, Mapping) and isinstance(value, Mapping):
+        return dict(value)
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif (hint in (type(None),) and value is None) or (
+        isinstance(hint, type) and type(value) is hint
+    ):
+        return value
+    raise UserError(f"{path} must be {getattr(hint, '__name__', hint)}, not {value!r}")
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
+def expand(obj: Any, kinds: Mapping[str, Kinds]) -> Any:
+    """The complete plain form of a built dataclass: what is saved and overridden."""
+    if dataclasses.is_dataclass(obj):
+        out = {}
+        for field in dataclasses.fields(obj):
+            item = getattr(obj, field.name)
+            out[field.name] = expand(item, kinds)
+            if field.name in kinds and dataclasses.is_dataclass(item):
+                kind = next(k for k, c in kinds[field.name].items() if c is type(item))
+                out[field.name] = {"kind": kind, **out[field.name]}
+        return out
+    if isinstance(obj, tuple | list):
+        return [expand(x, kinds) for x in obj]
+    return dict(obj) if isinstance(obj, Mapping) else obj

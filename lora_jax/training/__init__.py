@@ -1,0 +1,43 @@
+"""Training: meshes, loss, optimizer, step, loop, checkpoints, decoding.
+
+Checkpoints (orbax) and the loop (rich, tensorboardX) load when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "MeshConfig": "mesh",
+    "make_mesh": "mesh",
+    "shardings": "mesh",
+    "trainable_shardings": "mesh",
+    "place_batch": "mesh",
+    "chunked_loss": "loss",
+    "count_targets": "loss",
+    "token_losses": "loss",
+    "OptimizerConfig": "optimizer",
+    "make_optimizer": "optimizer",
+    "State": "step",
+    "init_state": "step",
+    "make_step": "step",
+    "shardings_of": "step",
+    "stream": "step",
+    "Checkpoints": "checkpoints",
+    "FitResult": "loop",
+    "Interrupted": "loop",
+    "fit": "loop",
+    "generate": "decoding",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

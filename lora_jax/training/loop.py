@@ -1,0 +1,258 @@
+"""The training loop: batches in, a trained state out; logs, evaluates, saves and resumes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lora_jax.errors import UserError
+from lora_jax.training import mesh as meshes
+from lora_jax.training.checkpoints import Checkpoints
+from lora_jax.training.reports import Reporter
+from lora_jax.training.step import State
+
+
+class Interrupted(SystemExit):
+    """The run got SIGTERM, saved and stopped. Uncaught, the process ends with status 143."""
+
+    def __init__(self, step: int, where: Path | None):
+        super().__init__(143)
+        self.step = step
+        self.where = where
+
+    def __str__(self) -> str:
+        saved = f"saved in {self.where}" if self.where else "not saved: no checkpoints were asked"
+        return f"interrupted after step {self.step}; {saved}"
+
+
+@dataclasses.dataclass(frozen=True)
+class FitResult:
+    """What came of a run.
+
+    Attributes:
+        state: after the last step.
+        metrics: of the last evaluation.
+        seconds: wall time of this process's part of the run.
+        tokens_per_second: real tokens (no padding) a second, without the first step's compilation.
+    """
+
+    state: State
+    metrics: dict[str, float]
+    seconds: float
+    tokens_per_second: float
+
+
+class _Terminated:
+    """True once SIGTERM arrived. Python allows handlers in the main thread only."""
+
+    def __init__(self) -> None:
+        self.seen = False
+        self._old: Any = None
+        self._main = threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> _Terminated:
+        if self._main:
+            self._old = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def _note(self, *_: Any) -> None:
+        self.seen = True
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._main:
+            signal.signal(signal.SIGTERM, self._old)
+
+
+def fit(
+    step: Callable[[Any, State, Any], tuple[State, dict[str, jax.Array]]],
+    frozen: Any,
+    state: State,
+    data: Iterator[Mapping[str, Any]],
+    *,
+    steps: int,
+    workdir: str | Path | None = None,
+    checkpoints: Checkpoints | None = None,
+    evaluate: Callable[[Any, State], Mapping[str, float]] | None = None,
+    eval_every: int = 0,
+    save_every: int = 0,
+    log_every: int = 10,
+    mesh: Mesh | None = None,
+    progress: bool = True,
+) -> FitResult:
+    """Trains until `steps` updates are done, from the latest checkpoint if there is one.
+
+    Args:
+        step: from `make_step`; `state` is donated to it, do not use it afterwards.
+        data: batches without end. With `get_state()` and `set_state()` (JSON-able) it resumes
+            where it was; without, a resumed run is a UserError.
+        workdir: gets metrics.jsonl and TensorBoard events; None: nothing is written.
+        evaluate: (frozen, state) -> metrics, each `eval_every` steps (0: never) and at the end.
+            They are logged as `eval/<name>`; checkpoints know them without the prefix.
+        save_every: also save each so many steps (0: only at evaluations and at the end).
+        log_every: steps that are averaged for a line of the log.
+
+    Raises:
+        UserError: the loss or its gradient is not finite, or the data ended.
+        Interrupted: SIGTERM; the state is saved first.
+    """
+    began = time.perf_counter()
+    start, metrics = 0, {}
+    if checkpoints is not None and checkpoints.latest is not None:
+        restored = checkpoints.restore(state)
+        state, start, metrics = restored.state, restored.step, restored.metrics
+        _resume_data(data, restored.data)
+    with Reporter(workdir, start=start, steps=steps, progress=progress) as reporter:
+        loop = _Loop(data, checkpoints, reporter, start)
+        with _Terminated() as terminated:
+            for number in range(start + 1, steps + 1):
+                batch = loop.next_batch(number)
+                placed = batch if mesh is None else meshes.place_batch(batch, mesh)
+                state, values = step(frozen, state, placed)
+                loop.took(number, batch, values)
+                last = number == steps
+                evaluating = evaluate is not None and (last or _due(number, eval_every))
+                saving = last or evaluating or _due(number, save_every) or terminated.seen
+                if saving or _due(number, log_every):
+                    loop.flush(number)
+                if evaluating and not (terminated.seen and not last):
+                    metrics = loop.evaluate(number, evaluate, frozen, state)
+                    loop.save(number, state, metrics)
+                elif saving:
+                    loop.save(number, state, None)
+                if terminated.seen and not last:
+                    raise Interrupted(number, loop.settle())
+        loop.settle()
+    return FitResult(state, metrics, time.perf_counter() - began, loop.speed())
+
+
+def _due(number: int, every: int) -> bool:
+    return every > 0 and number % every == 0
+
+
+def _resume_data(data: Any, saved: str | None) -> None:
+    if saved is None or not hasattr(data, "set_state"):
+        raise UserError(
+            "cannot resume: the data iterator has no get_state/set_state, so batches would repeat; "
+            "use lora_jax.data.loader.batches, or another workdir."
+        )
+    data.set_state(json.loads(saved))
+
+
+def real_tokens(batch: Mapping[str, Any]) -> int:
+    """Tokens of a batch that are not padding."""
+    for name in ("segment_ids", "attention_mask"):
+        if batch.get(name) is not None:
+            return int(np.count_nonzero(batch[name]))
+    return int(np.size(batch["tokens"])) if "tokens" in batch else 0
+
+
+class _Loop:
+    """Bookkeeping of `fit`: what was seen since the last line of the log, and since the start."""
+
+    def __init__(
+        self, data: Any, checkpoints: Checkpoints | None, reporter: Reporter, start: int
+    ) -> None:
+        self._data, self._checkpoints, self._reporter = data, checkpoints, reporter
+        self._last_good = start if checkpoints is not None and start else None
+        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self._tokens = 0
+        self._since = time.perf_counter()
+        self._first = True
+        self._all_tokens, self._all_seconds = 0, 0.0
+
+    def next_batch(self, number: int) -> Mapping[str, Any]:
+        try:
+            return next(self._data)
+        except StopIteration:
+            raise UserError(
+                f"the data ended before step {number}; repeat it, or ask for fewer steps."
+            ) from None
+
+    def took(self, number: int, batch: Mapping[str, Any], values: dict[str, jax.Array]) -> None:
+        if self._first:
+            # The first step compiles: it is no measure of speed.
+            jax.block_until_ready(values)
+            self._first, self._since = False, time.perf_counter()
+        else:
+            self._tokens += real_tokens(batch)
+        self._pending.append((number, values))
+        self._reporter.advance(number)
+
+    def flush(self, number: int) -> None:
+        """Reads the pending steps' metrics from the device, checks and logs them."""
+        if not self._pending:
+            return
+        rows = [(n, {k: float(v) for k, v in row.items()}) for n, row in self._pending]
+        self._pending = []
+        for n, row in rows:
+            if not row.get("finite", 1.0) or not math.isfinite(row["loss"]):
+                raise UserError(self._not_finite(n, row))
+        seconds = time.perf_counter() - self._since
+        self._all_tokens += self._tokens
+        self._all_seconds += seconds
+        weights = np.array([row["tokens"] for _, row in rows])
+        losses = np.array([row["loss"] for _, row in rows])
+        line = {k: v for k, v in rows[-1][1].items() if k not in ("finite", "penalty")}
+        if any(row.get("penalty") for _, row in rows):
+            line["penalty"] = rows[-1][1]["penalty"]
+        line["loss"] = float((losses * weights).sum() / max(weights.sum(), 1e-9))
+        line["tokens"] = float(weights.sum())
+        if self._tokens:
+            line["tokens_per_second"] = self._tokens / max(seconds, 1e-9)
+        self._reporter.log(number, line)
+        self._tokens, self._since = 0, time.perf_counter()
+
+    def _not_finite(self, number: int, row: Mapping[str, float]) -> str:
+        if self._checkpoints is not None:
+            self._checkpoints.wait()
+        good = (
+            f"the last good checkpoint is {self._checkpoints.path(self._last_good)}"
+            if self._checkpoints is not None and self._last_good is not None
+            else "there is no checkpoint before it"
+        )
+        return (
+            f"step {number}: the loss is {row['loss']} and the gradient norm {row['grad_norm']}; "
+            f"{good}. Lower the learning rate, set clip_norm, or lengthen the warm-up."
+        )
+
+    def evaluate(self, number: int, evaluate: Any, frozen: Any, state: State) -> dict[str, float]:
+        metrics = {name: float(value) for name, value in evaluate(frozen, state).items()}
+        self._reporter.log(number, {f"eval/{name}": value for name, value in metrics.items()})
+        self._since = time.perf_counter()
+        return metrics
+
+    def save(self, number: int, state: State, metrics: Mapping[str, float] | None) -> None:
+        if self._checkpoints is None:
+            return
+        text = json.dumps(self._data.get_state()) if hasattr(self._data, "get_state") else None
+        self._checkpoints.save(number, state, data=text, metrics=metrics)
+        self._last_good = number
+        self._since = time.perf_counter()
+
+    def settle(self) -> Path | None:
+        """Waits for the save under way; the newest checkpoint's folder."""
+        if self._checkpoints is None:
+            return None
+        self._checkpoints.wait()
+        latest = self._checkpoints.latest
+        return None if latest is None else self._checkpoints.path(latest)
+
+    def speed(self) -> float:
+        return self._all_tokens / self._all_seconds if self._all_tokens else 0.0

@@ -1,0 +1,203 @@
+"""Device meshes and where each array lives on them.
+
+Three axes: `data` (rows of the batch), `fsdp` (rows of the batch *and* one axis of each frozen
+kernel), `tensor` (the other axis of each kernel). One device is a mesh of 1 x 1 x 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lora_jax import partition
+from lora_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+Spec = tuple[str | tuple[str, ...] | None, ...]
+ShardingRules = Sequence[tuple[str, Spec]]
+
+DEFAULT_RULES: ShardingRules = (
+    (r"(^|/)embed/embedding$", ("tensor", "fsdp")),
+    (r"(^|/)(query|key|value|gate|up)/kernel$", ("fsdp", "tensor")),
+    (r"(^|/)(out|down)/kernel$", ("tensor", "fsdp")),
+    (r"(^|/)head/kernel$", ("fsdp", "tensor")),
+    (r"(^|/)(query|key|value|gate|up)/bias$", ("tensor",)),
+    (r".*", ()),
+)
+"""Axes of a leaf without its layer axis; what no earlier rule names is replicated."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices each axis of the mesh has; the product is the number of devices."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in AXES:
+            if getattr(self, axis) < 1:
+                raise UserError(f"mesh axis {axis}={getattr(self, axis)} must be at least 1.")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.data, self.fsdp, self.tensor
+
+
+def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of `config` over `devices`: by default all, or the first one for a 1x1x1 mesh.
+
+    Raises UserError if the product of the axes is not the number of devices.
+    """
+    wanted = math.prod(config.shape)
+    if devices is None:
+        devices = jax.devices()[:1] if wanted == 1 else jax.devices()
+    if len(devices) != wanted:
+        raise UserError(
+            f"mesh data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} needs {wanted} "
+            f"devices, but there are {len(devices)}; change the axes so that their product is "
+            f"{len(devices)}."
+        )
+    # Auto: the compiler propagates shardings; Explicit axes are refused by Flax's partitioning.
+    return jax.make_mesh(config.shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def shardings(params: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Any:
+    """A tree like `params` of NamedShardings (one for each array inside a weight).
+
+    Args:
+        params: arrays or ShapeDtypeStructs; a stacked leaf's layer axis is never sharded.
+        rules: ordered (regex on expanded paths, axes), first match wins, no match: replicated.
+
+    Raises UserError if an axis does not divide, or the layers of one stack get different rules.
+    """
+    flat = partition.flatten(params)
+    out = {path: _leaf_sharding(path, leaf, mesh, rules) for path, leaf in flat.items()}
+    return partition.unflatten_like(params, out) if flat else params
+
+
+def _leaf_sharding(path: str, leaf: Any, mesh: Mesh, rules: ShardingRules) -> Any:
+    if isinstance(leaf, partition.Hole):
+        return leaf
+    if not _is_array(leaf):
+        # The parts of a weight (codes, absmax, factors) do not have its axes: every device
+        # holds them whole.
+        return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), leaf)
+    return NamedSharding(mesh, PartitionSpec(*_spec(path, leaf.shape, mesh, rules)))
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct | np.generic)
+
+
+def _spec(path: str, shape: Sequence[int], mesh: Mesh, rules: ShardingRules) -> Spec:
+    """The full spec of a leaf, its layer axis included, checked against its shape."""
+    names = partition.expand(path)
+    ordered = partition.Rules.of(tuple((p, tuple(s)) for p, s in rules))
+    found = {ordered.get(name, ()) for name in names}
+    if len(found) > 1:
+        raise UserError(f"sharding rules treat the layers of {path} differently: {found}.")
+    spec: Spec = found.pop()
+    if spec and partition.stack_of(path) is not None:
+        spec = (None, *spec)
+    if len(spec) > len(shape):
+        raise UserError(f"sharding rule {spec} of {path} has more axes than its shape {shape}.")
+    for size, axis in zip(shape, spec, strict=False):
+        parts = _size(mesh, axis, path)
+        if size % parts:
+            raise UserError(
+                f"{path}: an axis of length {size} does not divide over {axis}={parts} devices "
+                f"(shape {tuple(shape)}); change the mesh, or put a rule before the others that "
+                f'replicates it: (r"{partition.module(names[0])}", ()).'
+            )
+    return spec
+
+
+def _size(mesh: Mesh, axis: str | tuple[str, ...] | None, path: str) -> int:
+    axes = () if axis is None else (axis,) if isinstance(axis, str) else axis
+    for name in axes:
+        if name not in mesh.shape:
+            raise UserError(f"sharding rule of {path} names the axis {name!r}; the mesh has {AXES}")
+    return math.prod(mesh.shape[name] for name in axes)
+
+
+def trainable_shardings(
+    trainable: Mapping[str, Any], params: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES
+) -> dict[str, Any]:
+    """NamedShardings of a method's trainable tree {path: value}.
+
+    Leaves trained whole live like the frozen leaf they replace. Low-rank factors are replicated
+    without tensor parallelism (fewest collectives); with it `a` [*, in, r] and `b` [*, r, out]
+    are sharded like the kernel's axes they stand for. Anything else is replicated.
+    """
+    leaves = partition.flatten(params)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def place(path: str, value: Any) -> Any:
+        kernel = leaves.get(path)
+        if kernel is None or not (_is_array(kernel) or isinstance(kernel, partition.Hole)):
+            return jax.tree.map(lambda _: everywhere, value)
+        stacked = partition.stack_of(path) is not None
+        spec = _spec(path, kernel.shape, mesh, rules)
+        spec = (*spec, *[None] * (len(kernel.shape) - len(spec)))
+        if _is_array(value):
+            same = tuple(value.shape) == tuple(kernel.shape)
+            return NamedSharding(mesh, PartitionSpec(*spec)) if same else everywhere
+        factors = isinstance(value, Mapping) and {"a", "b"} <= set(value)
+        # Factors of kernels with more axes are over flattened ones: these stay whole.
+        if mesh.shape["tensor"] == 1 or not factors or len(spec) != 2 + stacked:
+            return jax.tree.map(lambda _: everywhere, value)
+        first, last = spec[-2:]
+        axes = {"a": (first, None), "b": (None, last)}
+        return {
+            name: NamedSharding(mesh, PartitionSpec(*[None] * stacked, *axes[name]))
+            if name in axes
+            else jax.tree.map(lambda _: everywhere, part)
+            for name, part in value.items()
+        }
+
+    return {path: place(path, value) for path, value in trainable.items()}
+
+
+def optimizer_shardings(tx: Any, trainable: Any, placed: Any, mesh: Mesh) -> Any:
+    """Shardings of `tx.init(trainable)`: moments live like their leaf, the rest everywhere."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return optax.tree.map_params(
+        tx,
+        lambda _, sharding: sharding,
+        jax.eval_shape(tx.init, trainable),
+        placed,
+        transform_non_params=lambda _: everywhere,
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over `data` and `fsdp`; every other axis of a batch whole."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def place_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows of the batch onto the mesh. UserError if they do not divide."""
+    sharding = batch_sharding(mesh)
+    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    for name, value in batch.items():
+        rows = value.shape[0] * jax.process_count()
+        if rows % parts:
+            raise UserError(
+                f"batch of {rows} rows ({name}) does not divide over data x fsdp = {parts} "
+                f"devices; use a batch size that is a multiple of {parts}."
+            )
+    return {
+        name: jax.make_array_from_process_local_data(sharding, np.asarray(value))
+        for name, value in batch.items()
+    }

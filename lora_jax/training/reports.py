@@ -1,0 +1,107 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard events, and a line on the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from tensorboardX import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Reporter:
+    """Writes logs of a run; a context manager.
+
+    Args:
+        workdir: gets metrics.jsonl and TensorBoard events; None writes nothing.
+        start: steps done already. Lines of later steps, left by a run that was killed after its
+            last checkpoint, are removed.
+        steps: of the whole run, for the time left.
+        progress: show loss, tokens a second and time left on the terminal.
+    """
+
+    def __init__(
+        self, workdir: str | Path | None, *, start: int, steps: int, progress: bool
+    ) -> None:
+        self._file: Any = None
+        self._board: Any = None
+        if workdir is not None:
+            directory = Path(workdir)
+            directory.mkdir(parents=True, exist_ok=True)
+            truncate_metrics(directory / METRICS_FILE, start)
+            self._file = (directory / METRICS_FILE).open("a", encoding="utf-8")
+            # purge_step hides the events of steps that will be done again.
+            self._board = SummaryWriter(
+                str(directory / "tensorboard"), purge_step=start + 1 if start else None
+            )
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            disable=not progress,
+        )
+        self._task = self._progress.add_task("train", total=steps, completed=start, note="")
+
+    def __enter__(self) -> Reporter:
+        self._progress.start()
+        return self
+
+    def advance(self, step: int) -> None:
+        self._progress.update(self._task, completed=step)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """One line {"step": …, name: value, …}; flushed, so that a killed run has its log."""
+        if "loss" in values:
+            note = f"loss {values['loss']:.4f}"
+            if "tokens_per_second" in values:
+                note += f"  {values['tokens_per_second']:,.0f} tokens/s"
+            self._progress.update(self._task, note=note)
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name if "/" in name else f"train/{name}", value, step)
+
+    def __exit__(self, *exception: Any) -> None:
+        self._progress.stop()
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+    rows = []
+    text = Path(path).read_text(encoding="utf-8")
+    lines = text.splitlines()
+    for number, line in enumerate(lines):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number != len(lines) - 1:
+                raise
+    return rows
+
+
+def truncate_metrics(path: str | Path, step: int) -> None:
+    """Removes the lines of steps after `step`; a missing file is left missing."""
+    path = Path(path)
+    if not path.exists():
+        return
+    kept = [row for row in read_metrics(path) if row["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    temporary.replace(path)
