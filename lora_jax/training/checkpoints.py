@@ -42,7 +42,8 @@ class Checkpoints:
     """The checkpoints in one directory; use as a context manager, or call `close`.
 
     Args:
-        directory: made if missing. Temporary folders of killed saves are removed from it.
+        directory: made if missing. Temporary folders of killed saves are removed from it, in the
+            background, at the latest by the first save.
         metric: name of the evaluation metric that picks the best checkpoint; None: latest only.
         mode: "min" or "max" is best.
     """

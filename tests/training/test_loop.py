@@ -138,6 +138,7 @@ def test_half_written_checkpoints_are_removed(tmp_path):
     (tmp_path / "7.orbax-checkpoint-tmp").mkdir()
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest is None
+        checkpoints.save(8, {"x": jnp.zeros(2)})  # waits for the removal
     assert not (tmp_path / "7.orbax-checkpoint-tmp").exists()
 
 

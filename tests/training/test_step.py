@@ -1,5 +1,6 @@
 """One step: who trains, accumulation, hooks, optimizers, and several devices against one."""
 
+import dataclasses
 import functools
 
 import jax
@@ -24,6 +25,7 @@ from lora_jax.training import (
     place_batch,
     shardings,
     shardings_of,
+    stream,
 )
 
 LOSS = functools.partial(chunked_loss, tiny.MODEL, chunk=32)
@@ -76,8 +78,6 @@ def test_accumulation_must_divide():
 
 
 def test_dropout_key_differs_by_step_and_micro_batch():
-    import dataclasses
-
     method = dataclasses.replace(tiny.METHOD, dropout=0.5)
     seen = []
 
@@ -112,13 +112,7 @@ def test_hooks_are_honoured(reference):
     assert int(state.step) == 11
     assert history[0]["penalty"] == pytest.approx(7.0 * tiny.WIDTH)
     assert history[0]["grad_norm"] > 7.0 * tiny.WIDTH**0.5 * 0.5 > reference[1][0]["grad_norm"]
-    tiny.same(state.trainable, tiny.METHOD.init(mesh_key(), tiny.params()))
-
-
-def mesh_key():
-    from lora_jax.training import stream
-
-    return stream(0, "init")
+    tiny.same(state.trainable, tiny.METHOD.init(stream(0, "init"), tiny.params()))
 
 
 @pytest.mark.parametrize(

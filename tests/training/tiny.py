@@ -20,7 +20,7 @@ CONFIG = LlamaConfig(
     num_heads=4,
     num_kv_heads=4,
     head_dim=4,
-    mlp_size=32,
+    mlp_size=24,
 )
 MODEL = Llama(CONFIG)
 METHOD = LoRA(rank=4, alpha=8, targets=r"attention/(query|value)$", train=(r"final_norm/scale$",))
