@@ -260,6 +260,7 @@ def run(experiment: Experiment, workdir: str | Path, *, progress: bool = True) -
             mesh=work.mesh, progress=progress,
         )  # fmt: skip
     metrics, answers = work.evaluate(method.combine(frozen, fitted.state.trainable))
+    print("adapted model:", ", ".join(f"{n} {v:.3f}" for n, v in metrics.items()), flush=True)
     base, base_answers = work.evaluate_base()
     metrics = {**metrics, **base}
     show(work, answers, base_answers)
