@@ -5,7 +5,9 @@ Each name is imported on first use, so that `import lora_jax.data` loads neither
 
 from __future__ import annotations
 
-import importlib
+from typing import Any
+
+from lora_jax import lazy
 
 _HOMES = {
     "Tokenizer": "tokenizer",
@@ -23,10 +25,8 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 
-def __getattr__(name: str) -> object:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __getattr__(name: str) -> Any:
+    return lazy.load(__name__, _HOMES, name)
 
 
 def __dir__() -> list[str]:

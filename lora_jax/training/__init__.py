@@ -5,8 +5,9 @@ Checkpoints (orbax) and the loop (rich, tensorboardX) load when they are first u
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
+
+from lora_jax import lazy
 
 _HOME = {
     "MeshConfig": "mesh",
@@ -34,9 +35,7 @@ __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return lazy.load(__name__, _HOME, name)
 
 
 def __dir__() -> list[str]:
