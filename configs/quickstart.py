@@ -36,6 +36,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "warmup_steps": args.steps // 15,
     }
     config.training = {"steps": args.steps, "save_every": 50}
-    config.evaluation = {"base_shots": (0, 4, 16), "base_examples": 32, "max_new_tokens": 32}
+    config.evaluation = {"base_shots": (0, 4, 16), "max_new_tokens": 32}
     config.seed = args.seed
     return config

@@ -47,6 +47,14 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("config", help="configs/FILE.py or configs/FILE.py:arg")
     run.add_argument("--workdir", required=True)
     run.add_argument("--quiet", action="store_true", help="no progress bar")
+    _sweep_arguments(
+        add("sweep", _sweep, "train a config's grid in few compiled programs; resumes")
+    )
+    plan = add("plan", _plan, "what a config would cost, from the compiler, before it is run")
+    plan.add_argument("config")
+    plan.add_argument("--topology", help="a TPU slice that need not be there, such as v5e:8x8")
+    plan.add_argument("--memory", help="of a device, such as 24GiB; default: what there is")
+    plan.add_argument("--json", help="also write the plan to this file")
     add("eval", _eval, "the metrics of a finished run's adapter").add_argument("workdir")
     generate = add("generate", _generate, "the adapted model's continuation of a prompt")
     generate.add_argument("workdir")
@@ -61,6 +69,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="a config file with sweep_*() generators")
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--only", nargs="+", default=(), help="names of sweep_* to use; all")
+    parser.add_argument("--random", type=int, help="so many combinations at random, not all")
+    parser.add_argument(
+        "--halving", nargs=2, type=int, metavar=("FIRST", "ETA"),
+        help="stop members early: at FIRST, FIRST x ETA, ... updates the best 1/ETA go on",
+    )  # fmt: skip
+    parser.add_argument("--optuna", type=int, help="so many trials that Optuna chooses")
+    parser.add_argument("--seed", type=int, default=0, help="of --random and --optuna")
+    parser.add_argument("--mode", choices=("auto", "packed", "serial"), default="auto")
+    parser.add_argument("--slots", type=int, help="most members at a time")
+    parser.add_argument("--memory", help="that a pack may use on a device, such as 24GiB")
+    parser.add_argument("--dry", action="store_true", help="print the packs and stop")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
 def _cache_compilations() -> None:
     """A second start reuses the first one's programs (JAX's persistent compilation cache)."""
     default = Path.home() / ".cache" / "lora_jax" / "xla"
@@ -68,29 +94,65 @@ def _cache_compilations() -> None:
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
-    from lora_jax import config, experiment
+    from lora_jax import config, experiment, runs
 
     parsed = experiment.from_dict(config.load_file(args.config), overrides)
-    result = experiment.run(parsed, args.workdir, progress=not args.quiet)
+    result = runs.run(parsed, args.workdir, progress=not args.quiet)
     for name, value in result["metrics"].items():
         print(f"{name}: {value:.4g}")
     print(f"{result['seconds']:.0f} s; everything is in {args.workdir}")
 
 
-def _eval(args: argparse.Namespace, overrides: list[str]) -> None:
-    from lora_jax import experiment
+def _sweep(args: argparse.Namespace, overrides: list[str]) -> None:
+    from lora_jax import plan
+    from lora_jax.sweeps import sweep
 
-    work, method, trainable = experiment.load_run(args.workdir)
-    print(json.dumps(work.evaluate(method.combine(work.params, trainable))[0], indent=2))
+    options = sweep.Options(
+        generators=tuple(args.only),
+        random=args.random,
+        halving=tuple(args.halving) if args.halving else None,
+        optuna=args.optuna,
+        seed=args.seed,
+        mode=args.mode,
+        slots=args.slots,
+        memory=plan.parse_memory(args.memory) if args.memory else None,
+        dry=args.dry,
+    )
+    result = sweep.sweep(
+        args.config, args.workdir, overrides=overrides, options=options, progress=not args.quiet
+    )
+    print(
+        f"{result['members']} members, {result['packs']} packs, "
+        f"{result['programs_compiled']} programs, {result['seconds']:.0f} s; "
+        f"everything is in {args.workdir}"
+    )
+
+
+def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
+    from lora_jax import config, experiment, plan
+
+    parsed = experiment.from_dict(config.load_file(args.config), overrides)
+    memory = plan.parse_memory(args.memory) if args.memory else None
+    found = plan.plan_config(parsed, topology=args.topology, memory=memory)
+    print(found)
+    if args.json:
+        Path(args.json).write_text(json.dumps(found.to_dict(), indent=2) + "\n")
+
+
+def _eval(args: argparse.Namespace, overrides: list[str]) -> None:
+    from lora_jax import runs
+
+    bench, method, trainable = runs.load_run(args.workdir)
+    metrics, _ = bench.evaluate(method.combine(method.dropped(bench.params), trainable))
+    print(json.dumps(metrics, indent=2))
 
 
 def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
-    from lora_jax import experiment
+    from lora_jax import runs
 
-    work, method, trainable = experiment.load_run(args.workdir)
-    prompts = [work.tokenizer.encode(p) for p in args.prompt]
-    variables = method.combine(work.params, trainable)
-    for answer in work.answers(variables, prompts, work.tokenizer.eos_id):
+    bench, method, trainable = runs.load_run(args.workdir)
+    variables = method.combine(method.dropped(bench.params), trainable)
+    for answer in bench.answers(variables, args.prompt):
         print(answer)
 
 
@@ -104,13 +166,14 @@ def _export(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _merge(args: argparse.Namespace, overrides: list[str]) -> None:
-    from lora_jax import experiment, pretrained
+    from lora_jax import pretrained, runs
 
     if Path(args.out).exists():
         raise UserError(f"{args.out} exists: choose another folder")
-    work, method, trainable = experiment.load_run(args.workdir)
-    merged = method.merge(work.params, trainable)
-    pretrained.save_pretrained(args.out, work.model, merged)
+    bench, method, trainable = runs.load_run(args.workdir)
+    merged = method.merge(method.dropped(bench.params), trainable)
+    source = bench.experiment.model.source
+    pretrained.save_pretrained(args.out, bench.model, merged, tokenizer_source=source)
 
 
 def _list(args: argparse.Namespace, overrides: list[str]) -> None:

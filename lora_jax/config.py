@@ -7,6 +7,7 @@ rest, so that a saved config is complete and every field can be overridden on th
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import importlib.util
 import types
@@ -23,6 +24,16 @@ Kinds = Mapping[str, type]
 def load_file(spec: str) -> dict[str, Any]:
     """`get_config(arg)` of `path.py` or `path.py:arg`, as plain dicts."""
     path, _, arg = spec.partition(":")
+    module = load_module(path)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{path!r} defines no get_config(arg)")
+    config = module.get_config(arg) if arg else module.get_config()
+    return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+
+
+def load_module(spec: str) -> types.ModuleType:
+    """The module of a config file, `path.py` or `path.py:arg`."""
+    path = spec.partition(":")[0]
     if not Path(path).is_file():
         raise UserError(f"no config file {path!r}")
     module_spec = importlib.util.spec_from_file_location("lora_jax_config", path)
@@ -30,10 +41,7 @@ def load_file(spec: str) -> dict[str, Any]:
         raise UserError(f"{path!r} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"{path!r} defines no get_config(arg)")
-    config = module.get_config(arg) if arg else module.get_config()
-    return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    return module
 
 
 def parse_arg(arg: str, **defaults: Any) -> types.SimpleNamespace:
@@ -67,18 +75,25 @@ def override(config: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
         dotted, equals, text = assignment.partition("=")
         if not equals:
             raise UserError(f"{assignment!r}: write --config.key=value")
-        *parents, last = dotted.split(".")
-        node: Any = config
-        for at, key in enumerate([*parents, last]):
-            if not isinstance(node, dict) or (key not in node and "kind" not in node):
-                known = node if isinstance(node, dict) else ()
-                where = ".".join([*parents, last][:at]) or "the config"
-                raise UserError(f"{where} has no key {key!r}; {nearest(key, known)}")
-            if at < len(parents):
-                node = node[key]
-        if last == "kind" and node["kind"] != text:
-            node.clear()
-        node[last] = literal(text)
+        config = assign(config, dotted, literal(text))
+    return config
+
+
+def assign(config: dict[str, Any], dotted: str, value: Any) -> dict[str, Any]:
+    """A copy of an expanded config with the value at `method.rank` and the like replaced."""
+    config = copy.deepcopy(config)
+    *parents, last = dotted.split(".")
+    node: Any = config
+    for at, key in enumerate([*parents, last]):
+        if not isinstance(node, dict) or (key not in node and "kind" not in node):
+            known = node if isinstance(node, dict) else ()
+            where = ".".join([*parents, last][:at]) or "the config"
+            raise UserError(f"{where} has no key {key!r}; {nearest(key, known)}")
+        if at < len(parents):
+            node = node[key]
+    if last == "kind" and node["kind"] != value:
+        node.clear()
+    node[last] = value
     return config
 
 
@@ -99,7 +114,8 @@ def build(cls: Any, value: Any, kinds: Mapping[str, Kinds], path: str = "config"
     for name, item in value.items():
         where = f"{path}.{name}"
         if name in kinds and hints[name] is Any:
-            built[name] = _of_kind(item, kinds[name], kinds, where)
+            optional = fields[name].default is None and item is None
+            built[name] = None if optional else _of_kind(item, kinds[name], kinds, where)
         elif dataclasses.is_dataclass(hints[name]):
             built[name] = build(hints[name], item, kinds, where)
         else:

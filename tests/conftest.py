@@ -22,3 +22,65 @@ def shared() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip(f"no test data at {folder}: set LORA_JAX_TEST_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> pathlib.Path:
+    """A folder with `base/` (a two-layer Llama and its byte tokenizer) and `data.jsonl`, 24 rows
+    {"a", "b"}: small enough for whole runs in a test."""
+    import json
+
+    import numpy as np
+    import tokenizers
+    from tokenizers import decoders, pre_tokenizers
+
+    from lora_jax import pretrained
+
+    root = tmp_path_factory.mktemp("tiny")
+    hf = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 300,
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_act": "silu",
+        "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+    }  # fmt: skip
+    model = pretrained.build_model(hf)
+    params = model.init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
+    # Larger than the usual start, so that every module matters to the loss.
+    params = jax.tree.map(lambda x: x * 4.0 if x.ndim > 1 else x, params)
+    pretrained.save_pretrained(root / "base", model, params)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {c: i for i, c in enumerate([*alphabet, "<end>"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.save(str(root / "base" / "tokenizer.json"))
+    (root / "base" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    rows = [json.dumps({"a": f"{i * 7 % 24} and", "b": f"{i * 5 % 24}"}) for i in range(24)]
+    (root / "data.jsonl").write_text("\n".join(rows))
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_base):
+    """A function of further entries that gives an (unexpanded) config over `tiny_base`."""
+
+    def config(**sections):
+        base = {
+            "model": {"source": str(tiny_base / "base")},
+            "method": {"kind": "lora", "rank": 2, "alpha": 4.0, "targets": "all-linear"},
+            "data": {
+                "source": {"kind": "files", "path": str(tiny_base / "data.jsonl"),
+                           "split": "[:20]"},
+                "task": {"kind": "text_to_text", "prompt_template": "{a}",
+                         "completion_template": "{b}"},
+                "validation": "[20:24]", "batch_size": 2, "length": 32,
+            },
+            "training": {"steps": 4, "log_every": 1},
+            "evaluation": {"max_new_tokens": 3, "show": 1, "batch_size": 4},
+        }  # fmt: skip
+        for name, entries in sections.items():
+            base[name] = {**base.get(name, {}), **entries} if isinstance(entries, dict) else entries
+        return base
+
+    return config

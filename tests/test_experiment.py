@@ -6,54 +6,19 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax import cli, config, experiment, models, pretrained
+from lora_jax import cli, config, experiment, models, pretrained, runs
 from lora_jax.errors import UserError
-
-CONFIG = """
-def get_config(arg=""):
-    return {{
-        "model": {{"source": {base!r}}},
-        "method": {{"kind": "lora", "rank": 2, "targets": "all-linear"}},
-        "data": {{
-            "source": {{"kind": "files", "path": {data!r}, "split": "[:12]"}},
-            "task": {{
-                "kind": "text_to_text", "prompt_template": "{{a}}", "completion_template": "{{b}}"
-            }},
-            "validation": "[12:16]", "batch_size": 2, "length": 32,
-        }},
-        "training": {{"steps": 4, "save_every": 2, "log_every": 1}},
-        "evaluation": {{"max_new_tokens": 3, "show": 1}},
-    }}
-"""
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A base model with its tokenizer, data, and a config over them."""
-    import tokenizers
-    from tokenizers import decoders, pre_tokenizers
-
-    root = tmp_path_factory.mktemp("tiny")
-    hf = {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 300,
-        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_act": "silu",
-        "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
-    }  # fmt: skip
-    model = pretrained.load.build_model(hf)
-    params = model.init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
-    pretrained.save_pretrained(root / "base", model, params)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {c: i for i, c in enumerate([*alphabet, "<end>"])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<end>"])
-    tokenizer.save(str(root / "base" / "tokenizer.json"))
-    (root / "base" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
-    rows = [json.dumps({"a": f"{i} and", "b": f"{i}"}) for i in range(16)]
-    (root / "data.jsonl").write_text("\n".join(rows))
-    text = CONFIG.format(base=str(root / "base"), data=str(root / "data.jsonl"))
+def folder(tiny_config, tmp_path_factory):
+    """A folder with `tiny.py`, a config over the tiny base."""
+    root = tmp_path_factory.mktemp("experiment")
+    config = tiny_config(
+        training={"steps": 4, "save_every": 2, "log_every": 1},
+        optimizer={"learning_rate": 2e-2},
+    )
+    text = f"import json\ndef get_config(arg=''):\n    return json.loads({json.dumps(config)!r})\n"
     (root / "tiny.py").write_text(text)
     return root
 
@@ -74,7 +39,7 @@ def test_run_eval_merge_export(folder, capsys):
     peft = json.loads((folder / "out" / "adapter_config.json").read_text())
     assert peft["peft_type"] == "LORA" and peft["r"] == 3
     assert cli.main(["merge", str(work), str(folder / "merged")]) == 0
-    run, method, trainable = experiment.load_run(work)
+    run, method, trainable = runs.load_run(work)
     merged = pretrained.load_pretrained(folder / "merged")[1]
     for a, b in zip(
         jax.tree.leaves(merged), jax.tree.leaves(method.merge(run.params, trainable)), strict=True

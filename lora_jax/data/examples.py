@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypedDict
+from typing import Any, Literal, Protocol, TypedDict
 
 import numpy as np
 
@@ -21,8 +21,57 @@ class Example(TypedDict):
     loss_mask: np.ndarray
 
 
+class EncoderExample(TypedDict):
+    """tokens, token_type_ids: int32[T]; label: class index, or float where head is regression."""
+
+    tokens: np.ndarray
+    token_type_ids: np.ndarray
+    label: int | float
+
+
 class Task(Protocol):
-    """What the trainer and the evaluation ask of a task."""
+    """What the trainer and the evaluation ask of any task (a frozen dataclass).
+
+    Attributes:
+      head: of the model it needs.
+      num_labels: outputs of that head; 0 for "lm", 1 for "regression".
+      principal: name of the metric that chooses the best of several evaluations.
+      higher_is_better: of that metric.
+    """
+
+    @property
+    def head(self) -> Literal["lm", "classification", "regression"]: ...
+
+    @property
+    def num_labels(self) -> int: ...
+
+    @property
+    def principal(self) -> str: ...
+
+    @property
+    def higher_is_better(self) -> bool: ...
+
+    def examples(
+        self, records: Iterable[Record], tokenizer: Tokenizer
+    ) -> list[Example] | list[EncoderExample]:
+        """`Example`s where head is "lm", else `EncoderExample`s."""
+        ...
+
+    def evaluation_records(self, records: Iterable[Record]) -> Sequence[Record]:
+        """The records to predict for and to score, from those of an evaluation split."""
+        ...
+
+    def metrics(self, predictions: Any, records: Sequence[Record]) -> dict[str, float]:
+        """Metrics by name, the principal one first.
+
+        predictions: list[str] where head is "lm"; else float32 [N, num_labels], logits or values.
+        records: the N `evaluation_records`, in the same order.
+        """
+        ...
+
+
+class LanguageTask(Task, Protocol):
+    """What is asked besides of a task whose head is "lm"."""
 
     def prompt(self, record: Record, tokenizer: Tokenizer | None = None) -> str: ...
 
@@ -31,8 +80,6 @@ class Task(Protocol):
     def references(self, record: Record) -> list[str]: ...
 
     def prompt_ids(self, record: Record, tokenizer: Tokenizer) -> list[int]: ...
-
-    def examples(self, records: Iterable[Record], tokenizer: Tokenizer) -> list[Example]: ...
 
 
 class _Fields(string.Formatter):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from lora_jax.errors import UserError
 
@@ -50,8 +50,9 @@ class Tokenizer:
         # A saved tokenizer.json may cut and pad on its own; here lengths are the loader's business.
         backend.no_truncation()
         backend.no_padding()
-        self.backend = backend
         self.special_tokens = dict(special_tokens or {})
+        self.backend = backend
+        self._give_template()
         self.chat_template = chat_template
         self.eos_id = self._role_id("eos_token")
         self.bos_id = self._role_id("bos_token")
@@ -70,6 +71,17 @@ class Tokenizer:
             )
         return int(index)
 
+    def _give_template(self) -> None:
+        """BERT's template, where cls and sep tokens are named and no template uses them."""
+        cls, sep = (self.special_tokens.get(role) for role in ("cls_token", "sep_token"))
+        if not (cls and sep) or self.backend.num_special_tokens_to_add(is_pair=True):
+            return
+        self.backend.post_processor = processors.TemplateProcessing(
+            single=f"{cls} $A {sep}",
+            pair=f"{cls} $A {sep} $B:1 {sep}:1",
+            special_tokens=[(t, self.backend.token_to_id(t)) for t in (cls, sep)],
+        )
+
     @property
     def vocab_size(self) -> int:
         """Number of ids, added tokens included."""
@@ -81,6 +93,35 @@ class Tokenizer:
         add_special_tokens: also add what the tokenizer's own template adds ([CLS] … [SEP], <s>).
         """
         return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, in parallel."""
+        found = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in found]
+
+    def encode_for_classification(
+        self, texts: Sequence[str] | Sequence[tuple[str, str]], *, max_length: int
+    ) -> list[tuple[list[int], list[int]]]:
+        """(ids, token type ids) of texts, or of pairs, with the model's special tokens.
+
+        The special tokens are those of the tokenizer's own template: [CLS] a [SEP] b [SEP] for
+        BERT, <s> a </s></s> b </s> for RoBERTa. One that has none but names cls and sep tokens is
+        given BERT's; one that names neither (a decoder's) gets bos where it wants one, a, b.
+
+        max_length: tokens, special ones included. The longer of the two texts is cut first.
+        """
+        pair = bool(texts) and not isinstance(texts[0], str)
+        special = self.backend.num_special_tokens_to_add(is_pair=pair)
+        if max_length <= special:
+            raise UserError(
+                f"max_length={max_length} has no room for text: the special tokens are {special}."
+            )
+        self.backend.enable_truncation(max_length, strategy="longest_first")
+        try:
+            found = self.backend.encode_batch(list(texts), add_special_tokens=True)
+        finally:  # everywhere else lengths are the loader's business
+            self.backend.no_truncation()
+        return [(encoding.ids, encoding.type_ids) for encoding in found]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """Text of `ids`; the inverse of `encode` for byte-level tokenizers."""

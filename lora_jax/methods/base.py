@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import jax
@@ -17,18 +17,25 @@ import numpy as np
 
 from lora_jax import partition
 from lora_jax.errors import UserError, nearest
+from lora_jax.methods.peft.protocol import AdapterFiles, ModelNames, NoPeftForm
 
 Trainable = dict[str, Any]
 METHODS: dict[str, type[Method]] = {}
 M = TypeVar("M", bound="type[Method]")
 
 
-def register(name: str) -> Callable[[M], M]:
-    """Class decorator: `config.method.name = name` then builds this class."""
+def register(name: str, peft: Mapping[str, Any] | None = None) -> Callable[[M], M]:
+    """Class decorator: `config.method.name = name` then builds this class.
+
+    `peft` are the entries by which an adapter_config.json is known to be of this method, such as
+    `{"peft_type": "LORA", "use_dora": True}`; of several methods that fit, the one with most
+    entries reads it. Such a class defines `to_peft` and `from_peft`.
+    """
 
     def add(cls: M) -> M:
         METHODS[name] = cls
         cls.name = name
+        cls.peft_entries = dict(peft or {})
         return cls
 
     return add
@@ -62,15 +69,35 @@ class Method:
     """Base of all methods. `init`, `combine`, `merge` and `count` are required."""
 
     name: ClassVar[str] = ""
+    # Sweeps: fields in which members of one program may differ (all they change are numbers and
+    # the sizes of padded leaves), and whether padding with zeros is exact under training.
+    numeric: ClassVar[tuple[str, ...]] = ()
+    padding_exact: ClassVar[bool] = False
+    peft_entries: ClassVar[Mapping[str, Any]] = {}
 
     def init(self, key: jax.Array, params: Any) -> Trainable:
         """The trainable tree at the start: a flat dict keyed by leaf path. Never aliases params."""
         raise TypeError(f"{type(self).__name__} does not define init")
 
-    def combine(self, params: Any, trainable: Trainable, *, key: jax.Array | None = None) -> Any:
+    def numbers(self, params: Any) -> dict[str, Any]:
+        """What `combine` needs besides `trainable` and is not trained: nested dicts of arrays.
+
+        Scales and rates, as arrays by leaf path, so that members of a sweep may differ in them.
+        """
+        return {}
+
+    def combine(
+        self,
+        params: Any,
+        trainable: Trainable,
+        *,
+        key: jax.Array | None = None,
+        numbers: Mapping[str, Any] | None = None,
+    ) -> Any:
         """Flax variables `{"params": …}` (and further collections) to apply the model to.
 
-        Run the model through `lora_jax.adapt`. `key` switches dropout on.
+        Run the model through `lora_jax.adapt`. `key` switches dropout on. With `numbers` (those of
+        a pack's member) nothing may be read from the fields that `numeric` names.
         """
         raise TypeError(f"{type(self).__name__} does not define combine")
 
@@ -101,6 +128,30 @@ class Method:
     def after_update(self, state: Any) -> Any:
         """Pure function of the training state, inside the step (AdaLoRA, ReLoRA)."""
         return state
+
+    def to_peft(self, trainable: Trainable, names: ModelNames, params: Any) -> AdapterFiles:
+        """The method and what it trained, as PEFT's files hold them.
+
+        `names` are the model's in Hugging Face's form; `params` the base, or only its shapes.
+        Raises NoPeftForm where PEFT has no such thing: it is then saved in our own form.
+        """
+        raise NoPeftForm(f"PEFT has no method {self.name!r}")
+
+    @classmethod
+    def from_peft(
+        cls,
+        files: AdapterFiles,
+        names: ModelNames,
+        params: Any,
+        saved: Method | None = None,
+    ) -> tuple[Method, Trainable]:
+        """(method, trainable) of PEFT's files; UserError for what is not implemented or fits ill.
+
+        `saved` is the method that `to_peft` was called on, where the files tell it: the one to
+        return, unless the files cannot give back its tree. Else the method is what PEFT's config
+        says, and fields that the config does not hold take their defaults.
+        """
+        raise UserError(f"{files.where}: {cls.name!r} is not read from PEFT's files")
 
 
 def whole_leaves(params: Any, patterns: tuple[str, ...]) -> list[str]:

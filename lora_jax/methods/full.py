@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 
@@ -19,6 +20,8 @@ class FullFineTuning(base.Method):
     `train=(r"head",)` is head-only training, `train=(r"bias$",)` BitFit.
     """
 
+    padding_exact: ClassVar[bool] = True  # nothing is ever padded: `train` is structure
+
     train: tuple[str, ...] = (".*",)
 
     def init(self, key: jax.Array, params: Any) -> base.Trainable:
@@ -26,7 +29,12 @@ class FullFineTuning(base.Method):
         return {p: base.copy(flat[p]) for p in base.whole_leaves(params, self.train)}
 
     def combine(
-        self, params: Any, trainable: base.Trainable, *, key: jax.Array | None = None
+        self,
+        params: Any,
+        trainable: base.Trainable,
+        *,
+        key: jax.Array | None = None,
+        numbers: Mapping[str, Any] | None = None,
     ) -> Any:
         return {"params": partition.combine(params, trainable)}
 

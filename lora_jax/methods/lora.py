@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ import numpy as np
 
 from lora_jax import partition
 from lora_jax.errors import UserError
-from lora_jax.methods import base
+from lora_jax.methods import base, peft
+from lora_jax.methods.peft import lora_read, lora_write
 from lora_jax.tensors.low_rank import LowRank
 
 ALL_LINEAR = "all-linear"
@@ -35,7 +37,7 @@ class Layout:
         return tuple(n for n, x in zip(shape, self.letters, strict=True) if x == letter)
 
 
-@base.register("lora")
+@base.register("lora", peft={"peft_type": "LORA"})
 @dataclasses.dataclass(frozen=True)
 class LoRA(base.Method):
     """h = x·W0 + (alpha / r)·x·A·B with W0 frozen (eq. 3), A random and B zero at the start.
@@ -58,6 +60,12 @@ class LoRA(base.Method):
       layouts: rules of axis letters (see Layout) where they are not evident: leaves in a stack
         are "bio", elsewhere 2-D is "io" and 4-D a convolution "iiio"; 3-D must be told.
     """
+
+    numeric: ClassVar[tuple[str, ...]] = (
+        "rank", "alpha", "targets", "scaling", "dropout", "start", "init_scale",
+    )  # fmt: skip
+    # A zero column of A beside a zero row of B has no gradient.
+    padding_exact: ClassVar[bool] = True
 
     rank: Any = 8
     alpha: Any = 16.0
@@ -204,14 +212,26 @@ class LoRA(base.Method):
         live = (jnp.arange(widest) < r).reshape(-1, *[1] * len(size))
         return jnp.where(live, columns * self.init_scale, 0.0)
 
-    def combine(
-        self, params: Any, trainable: base.Trainable, *, key: jax.Array | None = None
-    ) -> Any:
-        return {"params": self._weights(params, trainable, key)}
+    def numbers(self, params: Any) -> dict[str, Any]:
+        """{"scale": s by leaf path, "rate": the dropout rate where there is one}."""
+        rate = {"rate": np.float32(self.dropout)} if self.dropout else {}
+        return {"scale": self.scales(params), **rate}
 
-    def _weights(self, params: Any, trainable: base.Trainable, key: jax.Array | None) -> Any:
+    def combine(
+        self,
+        params: Any,
+        trainable: base.Trainable,
+        *,
+        key: jax.Array | None = None,
+        numbers: Mapping[str, Any] | None = None,
+    ) -> Any:
+        numbers = self.numbers(params) if numbers is None else numbers
+        return {"params": self._weights(params, trainable, key, numbers)}
+
+    def _weights(
+        self, params: Any, trainable: base.Trainable, key: Any, numbers: Mapping[str, Any]
+    ) -> Any:
         flat = partition.flatten(params)
-        scales = self.scales(params)
         new: dict[str, Any] = {}
         for path, value in trainable.items():
             if path not in flat:
@@ -219,21 +239,27 @@ class LoRA(base.Method):
                     f"the adapter has {path!r}, which the parameters lack: other model?"
                 )
             new[path] = value
-            if path in scales:
-                new[path] = self._weight(path, flat[path], value, scales[path], key)
+            if path in numbers["scale"]:
+                dropout = (key, numbers["rate"]) if key is not None and "rate" in numbers else None
+                new[path] = self._weight(path, flat[path], value, numbers["scale"][path], dropout)
         return partition.combine(params, new)
 
-    def _weight(self, path: str, w: Any, ab: Any, scale: np.ndarray, key: Any) -> LowRank:
+    def _weight(self, path: str, w: Any, ab: Any, scale: Any, dropout: Any = None) -> LowRank:
         layout = self.layout(path, w)
+        scale = jnp.asarray(scale, jnp.float32)
+        # A scale or key per layer also where there are further batch axes, such as experts.
+        further = (1,) * (layout.letters.count("b") - 1) if scale.ndim else ()
         keys = rate = None
-        if key is not None and self.dropout:
+        if dropout is not None:
+            key, rate = dropout
             layers = [
                 jax.random.fold_in(key, zlib.crc32(e.encode())) for e in partition.expand(path)
             ]
             keys = jnp.stack(layers) if partition.stack_of(path) else layers[0]
-            rate = jnp.asarray(self.dropout, jnp.float32)
+            keys = keys.reshape(keys.shape + further)
+            rate = jnp.asarray(rate, jnp.float32)
         return LowRank(
-            w, ab["a"], ab["b"], jnp.asarray(scale), keys, rate,
+            w, ab["a"], ab["b"], scale.reshape(scale.shape + further), keys, rate,
             layout.axes("i"), layout.axes("o"), path,
         )  # fmt: skip
 
@@ -245,7 +271,7 @@ class LoRA(base.Method):
         """
         from lora_jax.tensors.base import densify
 
-        return densify(self._weights(params, trainable, None))
+        return densify(self._weights(params, trainable, None, self.numbers(params)))
 
     def unmerge(self, merged: Any, trainable: base.Trainable) -> Any:
         """Takes s·A·B off again; leaves trained whole stay as they are in `merged`."""
@@ -253,7 +279,7 @@ class LoRA(base.Method):
         flat = partition.flatten(merged)
         new = {}
         for path, scale in scales.items():
-            leaf = self._weight(path, flat[path], trainable[path], -scale, None)
+            leaf = self._weight(path, flat[path], trainable[path], -scale)
             new[path] = leaf.dense()
         return partition.replace(merged, new)
 
@@ -273,3 +299,18 @@ class LoRA(base.Method):
 
     def dropped(self, params: Any) -> Any:
         return base.holes(params, base.whole_leaves(params, self.train)) if self.train else params
+
+    def to_peft(
+        self, trainable: base.Trainable, names: peft.ModelNames, params: Any
+    ) -> peft.AdapterFiles:
+        return lora_write.write(self, trainable, names, params)
+
+    @classmethod
+    def from_peft(
+        cls,
+        files: peft.AdapterFiles,
+        names: peft.ModelNames,
+        params: Any,
+        saved: base.Method | None = None,
+    ) -> tuple[LoRA, base.Trainable]:
+        return lora_read.read(cls, files, names, params, saved)

@@ -19,6 +19,9 @@ class TensorSpec:
       op: "transpose" where Hugging Face stores (out, in) and we (in, out), else "keep".
       shape: of the Hugging Face tensor (of one layer).
       layers: how many layers have it; 0 for a tensor outside the layers.
+      part: (k, n) where our leaf is the k-th of n equal parts, along our last axis, of a tensor
+        that Hugging Face stores fused; each part is a row of its own.
+      new: whether a checkpoint may lack it, as a head for a new task: then it is drawn.
     """
 
     path: str
@@ -26,17 +29,49 @@ class TensorSpec:
     op: Literal["transpose", "keep"]
     shape: tuple[int, ...]
     layers: int = 0
+    part: tuple[int, int] | None = None
+    new: bool = False
 
     @property
     def our_shape(self) -> tuple[int, ...]:
         """Shape of our leaf (of one layer)."""
-        return self.shape[::-1] if self.op == "transpose" else self.shape
+        shape = self.shape[::-1] if self.op == "transpose" else self.shape
+        return shape if self.part is None else (*shape[:-1], shape[-1] // self.part[1])
 
     def expand(self) -> list[tuple[str, str]]:
         """(our path, Hugging Face name) of each tensor, layer by layer."""
         if not self.layers:
             return [(self.path, self.name)]
         return [(self.path.format(i=i), self.name.format(i=i)) for i in range(self.layers)]
+
+
+def linear(
+    path: str,
+    name: str,
+    d_in: int,
+    d_out: int,
+    *,
+    bias: bool = True,
+    layers: int = 0,
+    new: bool = False,
+) -> list[TensorSpec]:
+    """Rows of a torch ``nn.Linear`` called `name`, held as ``path/kernel`` and ``path/bias``."""
+    kernel = TensorSpec(
+        f"{path}/kernel", f"{name}.weight", "transpose", (d_out, d_in), layers, new=new
+    )
+    if not bias:
+        return [kernel]
+    return [kernel, TensorSpec(f"{path}/bias", f"{name}.bias", "keep", (d_out,), layers, new=new)]
+
+
+def norm(
+    path: str, name: str, size: int, *, bias: bool = True, layers: int = 0, new: bool = False
+) -> list[TensorSpec]:
+    """Rows of a norm called `name`: ``path/scale`` and, unless it has none, ``path/bias``."""
+    scale = TensorSpec(f"{path}/scale", f"{name}.weight", "keep", (size,), layers, new=new)
+    if not bias:
+        return [scale]
+    return [scale, TensorSpec(f"{path}/bias", f"{name}.bias", "keep", (size,), layers, new=new)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +86,10 @@ class Family:
       module: Linen class, called with the config.
       tensors: config -> the table of all tensors.
       ignored: config -> regexes (full match) of Hugging Face tensors that files may hold and that
-        carry nothing of their own.
+        carry nothing of their own, or belong to a head that the config does not have.
+      prefix: config -> what the names of all but the head's tensors start with ("model."), and
+        what files of the bare model leave out.
+      renamed: (regex, replacement) of tensor names in old files, before anything else looks.
     """
 
     name: str
@@ -61,3 +99,5 @@ class Family:
     module: type[nn.Module]
     tensors: Callable[[Any], list[TensorSpec]]
     ignored: Callable[[Any], tuple[str, ...]] = lambda config: ()
+    prefix: Callable[[Any], str] = lambda config: ""
+    renamed: tuple[tuple[str, str], ...] = ()

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from lora_jax.models.config import optional
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,3 +63,57 @@ def rotate(x_BTNH: jax.Array, cos_BTF: jax.Array, sin_BTF: jax.Array) -> jax.Arr
     first, second = jnp.split(wide, 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_BTNH.dtype)
+
+
+def scaling_from_hf(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None, list[str]]:
+    """(theta, scaling, unsupported options) from rope_parameters (transformers 5) or the older
+    rope_theta and rope_scaling."""
+    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    theta = float(optional(rope, "rope_theta", optional(hf, "rope_theta", 10000.0)))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    problems = []
+    if optional(rope, "partial_rotary_factor", optional(hf, "partial_rotary_factor", 1.0)) != 1.0:
+        problems.append("partial_rotary_factor other than 1")
+    if kind == "default":
+        return theta, None, problems
+    needed = {
+        "linear": ("factor",),
+        "llama3": (
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        ),
+    }
+    if kind not in needed:
+        return theta, None, [*problems, f"rope type {kind!r} (only default, linear, llama3)"]
+    absent = [key for key in needed[kind] if rope.get(key) is None]
+    if absent:
+        return theta, None, [*problems, f"rope type {kind!r} without {', '.join(absent)}"]
+    if kind == "linear":
+        return theta, RopeScaling("linear", float(rope["factor"])), problems
+    return (
+        theta,
+        RopeScaling(
+            "llama3",
+            factor=float(rope["factor"]),
+            low_freq_factor=float(rope["low_freq_factor"]),
+            high_freq_factor=float(rope["high_freq_factor"]),
+            original_max_positions=int(rope["original_max_position_embeddings"]),
+        ),
+        problems,
+    )
+
+
+def scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    if scaling.kind == "linear":
+        return {"rope_type": "linear", "factor": scaling.factor}
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_max_positions,
+    }

@@ -88,7 +88,7 @@ def scanned(
     scan = nn.scan(
         block,
         variable_axes={"params": 0, "sites": 0},
-        split_rngs={"params": True},
+        split_rngs={"params": True, "dropout": True},
         in_axes=(0,) + (nn.broadcast,) * inputs,
         out_axes=0,
         length=segment.size,

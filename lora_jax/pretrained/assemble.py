@@ -185,7 +185,7 @@ def _everything(shape: tuple[int, ...]) -> Index:
 def _block(source: TensorSource, spec: TensorSpec, dtype: Any, index: Index) -> np.ndarray:
     """The slice `index` of the stacked leaf, as a NumPy array in `dtype`."""
     layers, inner = (index[0], index[1:]) if spec.layers else (None, index)
-    theirs = inner[::-1] if spec.op == "transpose" else inner
+    theirs = _their_index(spec, inner)
     if layers is None:
         return np.ascontiguousarray(_ours(source.read(spec.name, theirs), spec), dtype=dtype)
     numbers = range(*layers.indices(spec.layers))
@@ -194,6 +194,16 @@ def _block(source: TensorSource, spec: TensorSpec, dtype: Any, index: Index) -> 
     for at, layer in enumerate(numbers):
         out[at] = _ours(source.read(spec.name.format(i=layer), theirs), spec)
     return out
+
+
+def _their_index(spec: TensorSpec, inner: Index) -> Index:
+    """The slice of the stored tensor that is the slice `inner` of our leaf (of one layer)."""
+    if spec.part is not None:
+        size = spec.our_shape[-1]
+        start, stop, _ = inner[-1].indices(size)
+        skip = spec.part[0] * size
+        inner = (*inner[:-1], slice(skip + start, skip + stop))
+    return inner[::-1] if spec.op == "transpose" else inner
 
 
 def _ours(tensor: np.ndarray, spec: TensorSpec) -> np.ndarray:

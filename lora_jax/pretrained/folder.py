@@ -64,6 +64,25 @@ def tensor_files(path: Path) -> list[Path]:
     raise UserError(f"{path} has no {WHOLE} and no {SHARDED}; is it a model's folder?")
 
 
+def _pooling(path: Path) -> dict[str, Any]:
+    """How a folder of sentence-transformers pools, from its modules.json; {} for other folders."""
+    if not (path / "modules.json").is_file():
+        return {}
+    try:
+        modules = json.loads((path / "modules.json").read_text(encoding="utf-8"))
+        kinds = {m["type"].rsplit(".", 1)[-1]: m["path"] for m in modules}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / 'modules.json'} is not sentence-transformers': {error}") from None
+    found: dict[str, Any] = {"normalize": "Normalize" in kinds}
+    if "Pooling" in kinds:
+        modes = read_json(path / kinds["Pooling"] / "config.json")
+        on = [k.removeprefix("pooling_mode_") for k, v in modes.items() if v is True]
+        named = {"mean_tokens": "mean", "cls_token": "cls"}
+        on = [named.get(mode, mode) for mode in on if mode != "include_prompt"]
+        found["pooling"] = on[0] if len(on) == 1 else "+".join(on)
+    return {"sentence_transformers": found}
+
+
 class Folder:
     """The tensors of a Hugging Face folder. Opening reads headers only."""
 
@@ -71,7 +90,7 @@ class Folder:
         self.path = Path(path)
         if not self.path.is_dir():
             raise UserError(f"{self.path} is not a folder")
-        self.config: Mapping[str, Any] = read_json(self.path / "config.json")
+        self.config: Mapping[str, Any] = read_json(self.path / "config.json") | _pooling(self.path)
         self.files: Sequence[Path] = tensor_files(self.path)
         self._open = contextlib.ExitStack()
         self._holder: dict[str, Any] = {}

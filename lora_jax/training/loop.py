@@ -44,17 +44,22 @@ class FitResult:
     Attributes:
         state: after the last step.
         metrics: of the last evaluation.
+        best_step: of the best checkpoint, if `checkpoints` have a metric and an evaluation gave it;
+            `checkpoints.restore_trainable(state.trainable, best_step)` is its trainable tree.
+        best_metrics: of the evaluation at `best_step`; empty without one.
         seconds: wall time of this process's part of the run.
         tokens_per_second: real tokens (no padding) a second, without the first step's compilation.
     """
 
     state: State
     metrics: dict[str, float]
+    best_step: int | None
+    best_metrics: dict[str, float]
     seconds: float
     tokens_per_second: float
 
 
-class _Terminated:
+class Terminated:
     """True once SIGTERM arrived. Python allows handlers in the main thread only."""
 
     def __init__(self) -> None:
@@ -62,7 +67,7 @@ class _Terminated:
         self._old: Any = None
         self._main = threading.current_thread() is threading.main_thread()
 
-    def __enter__(self) -> _Terminated:
+    def __enter__(self) -> Terminated:
         if self._main:
             self._old = signal.signal(signal.SIGTERM, self._note)
         return self
@@ -109,7 +114,8 @@ def fit(
         log_every: steps that are averaged for a line of the log.
 
     Raises:
-        UserError: the loss or its gradient is not finite, or the data ended.
+        UserError: the loss or its gradient is not finite, the data ended, or a checkpoint could
+            not be written.
         Interrupted: SIGTERM; the state is saved first.
     """
     began = time.perf_counter()
@@ -120,7 +126,7 @@ def fit(
         _resume_data(data, restored.data)
     with Reporter(workdir, start=start, steps=steps, progress=progress) as reporter:
         loop = _Loop(data, checkpoints, reporter, start)
-        with _Terminated() as terminated:
+        with Terminated() as terminated:
             for number in range(start + 1, steps + 1):
                 batch = loop.next_batch(number)
                 placed = batch if mesh is None else meshes.place_batch(batch, mesh)
@@ -139,7 +145,10 @@ def fit(
                 if terminated.seen and not last:
                     raise Interrupted(number, loop.settle())
         loop.settle()
-    return FitResult(state, metrics, time.perf_counter() - began, loop.speed())
+    best = None if checkpoints is None else checkpoints.best
+    best_metrics = {} if checkpoints is None or best is None else checkpoints.metrics(best)
+    seconds = time.perf_counter() - began
+    return FitResult(state, metrics, best, best_metrics, seconds, loop.speed())
 
 
 def _due(number: int, every: int) -> bool:

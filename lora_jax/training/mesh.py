@@ -1,25 +1,25 @@
 """Device meshes and where each array lives on them.
 
-Three axes: `data` (rows of the batch), `fsdp` (rows of the batch *and* one axis of each frozen
-kernel), `tensor` (the other axis of each kernel). One device is a mesh of 1 x 1 x 1.
+Four axes: `sweep` (members of a pack: frozen kernels are replicated over it), `data` (rows of the
+batch), `fsdp` (rows of the batch *and* one axis of each frozen kernel), `tensor` (the other axis
+of each kernel). One device is a mesh of 1 x 1 x 1 x 1.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax import partition
-from lora_jax.errors import UserError
+from lora_jax.errors import UserError, nearest
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("sweep", "data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 Spec = tuple[str | tuple[str, ...] | None, ...]
@@ -38,38 +38,72 @@ DEFAULT_RULES: ShardingRules = (
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many devices each axis of the mesh has; the product is the number of devices."""
+    """How many devices each axis of the mesh has, and which axes of a leaf lie on which.
 
+    Attributes:
+        sweep, data, fsdp, tensor: their product is the number of devices.
+        rules: ordered (regex on expanded paths, axes of a leaf without its layer axis), such as
+            `((r"mlp/down/kernel$", ("fsdp", None)),)`; they come before DEFAULT_RULES. A regex
+            that matches no parameter is a UserError when they are used.
+    """
+
+    sweep: int = 1
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
+    rules: tuple[tuple[str, Spec], ...] = ()
 
     def __post_init__(self) -> None:
         for axis in AXES:
             if getattr(self, axis) < 1:
                 raise UserError(f"mesh axis {axis}={getattr(self, axis)} must be at least 1.")
+        for rule in self.rules:
+            _check_rule(rule)
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.data, self.fsdp, self.tensor
+    def shape(self) -> tuple[int, ...]:
+        """Devices along each of AXES."""
+        return tuple(getattr(self, axis) for axis in AXES)
+
+    @property
+    def devices(self) -> int:
+        """How many devices the mesh has."""
+        return math.prod(self.shape)
+
+    @property
+    def sharding_rules(self) -> ShardingRules:
+        """`rules`, then DEFAULT_RULES: what `shardings`, `init_state` and the like take."""
+        return (*self.rules, *DEFAULT_RULES)
+
+
+def _check_rule(rule: Any) -> None:
+    well_formed = isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[1], tuple)
+    if not well_formed:
+        raise UserError(f'mesh rule {rule!r}: write (regex, axes), e.g. ("head/kernel$", ()).')
+    partition.compiled(rule[0])
+    for axes in rule[1]:
+        for axis in axes if isinstance(axes, tuple) else (axes,):
+            if axis is not None and axis not in AXES:
+                raise UserError(f"mesh rule {rule!r}: {nearest(str(axis), AXES)}")
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of `config` over `devices`: by default all, or the first one for a 1x1x1 mesh.
+    """The mesh of `config` over `devices`: by default all, or the first one for a mesh of one.
 
     Raises UserError if the product of the axes is not the number of devices.
     """
-    wanted = math.prod(config.shape)
+    wanted = config.devices
     if devices is None:
         devices = jax.devices()[:1] if wanted == 1 else jax.devices()
     if len(devices) != wanted:
+        axes = " x ".join(f"{axis}={n}" for axis, n in zip(AXES, config.shape, strict=True))
         raise UserError(
-            f"mesh data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} needs {wanted} "
-            f"devices, but there are {len(devices)}; change the axes so that their product is "
-            f"{len(devices)}."
+            f"mesh {axes} needs {wanted} devices, but there are {len(devices)}; change the axes "
+            f"so that their product is {len(devices)}."
         )
     # Auto: the compiler propagates shardings; Explicit axes are refused by Flax's partitioning.
-    return jax.make_mesh(config.shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(config.shape, AXES, axis_types=types, devices=devices)
 
 
 def shardings(params: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Any:
@@ -82,8 +116,28 @@ def shardings(params: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> 
     Raises UserError if an axis does not divide, or the layers of one stack get different rules.
     """
     flat = partition.flatten(params)
+    _check_rules(rules, flat)
     out = {path: _leaf_sharding(path, leaf, mesh, rules) for path, leaf in flat.items()}
     return partition.unflatten_like(params, out) if flat else params
+
+
+def load_shardings(
+    mesh: Mesh, rules: ShardingRules = DEFAULT_RULES
+) -> Callable[[str, Sequence[int]], NamedSharding]:
+    """What `load_pretrained(mesh=mesh, shardings=…)` takes so that leaves land where `shardings`
+    would put them: a function of a leaf's path and shape."""
+
+    def place(path: str, shape: Sequence[int]) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*_spec(path, shape, mesh, rules)))
+
+    return place
+
+
+def _check_rules(rules: ShardingRules, flat: Mapping[str, Any]) -> None:
+    """UserError for a rule of the user's own that matches no leaf."""
+    own = [pattern for pattern, spec in rules if (pattern, spec) not in DEFAULT_RULES]
+    names = [name for path in flat for name in partition.expand(path)]
+    partition.check_patterns(own, names, "mesh rules")
 
 
 def _leaf_sharding(path: str, leaf: Any, mesh: Mesh, rules: ShardingRules) -> Any:
@@ -127,7 +181,8 @@ def _size(mesh: Mesh, axis: str | tuple[str, ...] | None, path: str) -> int:
     axes = () if axis is None else (axis,) if isinstance(axis, str) else axis
     for name in axes:
         if name not in mesh.shape:
-            raise UserError(f"sharding rule of {path} names the axis {name!r}; the mesh has {AXES}")
+            known = tuple(mesh.shape)
+            raise UserError(f"sharding rule of {path} names axis {name!r}; the mesh has {known}.")
     return math.prod(mesh.shape[name] for name in axes)
 
 
@@ -141,6 +196,7 @@ def trainable_shardings(
     are sharded like the kernel's axes they stand for. Anything else is replicated.
     """
     leaves = partition.flatten(params)
+    _check_rules(rules, leaves)
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def place(path: str, value: Any) -> Any:
@@ -170,15 +226,25 @@ def trainable_shardings(
 
 
 def optimizer_shardings(tx: Any, trainable: Any, placed: Any, mesh: Mesh) -> Any:
-    """Shardings of `tx.init(trainable)`: moments live like their leaf, the rest everywhere."""
+    """Shardings of `tx.init(trainable)`: moments live like their leaf, the rest everywhere.
+
+    A moment is an array whose path ends with that of a trainable leaf of the same shape.
+    """
     everywhere = NamedSharding(mesh, PartitionSpec())
-    return optax.tree.map_params(
-        tx,
-        lambda _, sharding: sharding,
-        jax.eval_shape(tx.init, trainable),
-        placed,
-        transform_non_params=lambda _: everywhere,
-    )
+    leaves, _ = jax.tree_util.tree_flatten_with_path(trainable)
+    homes = {
+        path: (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(leaves, jax.tree.leaves(placed), strict=True)
+    }
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        for start in range(len(path) + 1):
+            shape, sharding = homes.get(path[start:], (None, None))
+            if shape == leaf.shape:
+                return sharding
+        return everywhere
+
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, trainable))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -186,18 +252,29 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def place_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of the batch onto the mesh. UserError if they do not divide."""
-    sharding = batch_sharding(mesh)
-    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+def place_batch(
+    batch: Mapping[str, Any], mesh: Mesh, lead: str | None = None
+) -> dict[str, jax.Array]:
+    """This process's rows of the batch onto the mesh. UserError if they do not divide.
+
+    Args:
+        lead: mesh axis of a leading axis before the rows: `sweep`, of a pack's batches.
+    """
+    spec = PartitionSpec(BATCH_AXES) if lead is None else PartitionSpec(lead, BATCH_AXES)
+    check_rows(batch, mesh, jax.process_count(), axis=0 if lead is None else 1)
+    return {
+        name: jax.make_array_from_process_local_data(NamedSharding(mesh, spec), np.asarray(value))
+        for name, value in batch.items()
+    }
+
+
+def check_rows(batch: Mapping[str, Any], mesh: Mesh, processes: int, axis: int = 0) -> None:
+    """UserError unless the rows that `processes` hold together divide over data x fsdp."""
+    parts = math.prod(mesh.shape[name] for name in BATCH_AXES)
     for name, value in batch.items():
-        rows = value.shape[0] * jax.process_count()
+        rows = value.shape[axis] * processes
         if rows % parts:
             raise UserError(
                 f"batch of {rows} rows ({name}) does not divide over data x fsdp = {parts} "
                 f"devices; use a batch size that is a multiple of {parts}."
             )
-    return {
-        name: jax.make_array_from_process_local_data(sharding, np.asarray(value))
-        for name, value in batch.items()
-    }

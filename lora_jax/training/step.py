@@ -36,12 +36,14 @@ class State:
         trainable: the method's tree.
         opt_state: of the optimizer, over `trainable` alone.
         keys: typed random keys by stream name; constant, steps fold their number in.
+        numbers: what `method.combine` needs besides `trainable` (scales, rates); constant.
     """
 
     step: jax.Array
     trainable: Any
     opt_state: Any
     keys: dict[str, jax.Array]
+    numbers: Any = dataclasses.field(default_factory=dict)
 
     def replace(self, **changes: Any) -> State:
         return dataclasses.replace(self, **changes)
@@ -58,6 +60,7 @@ def init_state(
     tx: optax.GradientTransformation,
     *,
     seed: int = 0,
+    dropout_seed: int | None = None,
     trainable: Any = None,
     mesh: Mesh | None = None,
     rules: meshes.ShardingRules = meshes.DEFAULT_RULES,
@@ -66,6 +69,8 @@ def init_state(
 
     Args:
         tx: the plain optimizer; the method's `wrap_optimizer` is applied here and in `make_step`.
+        seed: of the method's start.
+        dropout_seed: of the dropout masks; None: `seed`.
         trainable: used in place of `method.init` (a loaded adapter, a data-driven start).
     """
     if trainable is None:
@@ -76,19 +81,31 @@ def init_state(
         step=jnp.zeros((), jnp.int32),
         trainable=jax.tree.map(jnp.copy, trainable),
         opt_state=tx.init(trainable),
-        keys={"dropout": stream(seed, "dropout")},
+        keys={"dropout": stream(seed if dropout_seed is None else dropout_seed, "dropout")},
+        numbers=jax.tree.map(jnp.array, method.numbers(params)),
     )
     if mesh is None:
         return state
+    return jax.device_put(state, state_shardings(state, params, tx, mesh, rules))
+
+
+def state_shardings(
+    state: State,
+    params: Any,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    rules: meshes.ShardingRules = meshes.DEFAULT_RULES,
+) -> State:
+    """Where a state (of arrays or ShapeDtypeStructs) lives: a State of NamedShardings.
+
+    `tx` is the optimizer that made it, wrapped by the method; `params` the base's leaves.
+    """
     everywhere = NamedSharding(mesh, PartitionSpec())
-    placed = meshes.trainable_shardings(trainable, params, mesh, rules)
-    layout = State(
-        step=everywhere,  # type: ignore[arg-type]  # a State of shardings, not of arrays
+    placed = meshes.trainable_shardings(state.trainable, params, mesh, rules)
+    return jax.tree.map(lambda _: everywhere, state).replace(
         trainable=placed,
-        opt_state=meshes.optimizer_shardings(tx, trainable, placed, mesh),
-        keys=jax.tree.map(lambda _: everywhere, state.keys),
+        opt_state=meshes.optimizer_shardings(tx, state.trainable, placed, mesh),
     )
-    return jax.device_put(state, layout)
 
 
 def shardings_of(state: State) -> State:
@@ -105,28 +122,43 @@ def make_step(
     mesh: Mesh | None = None,
     state_shardings: State | None = None,
 ) -> Callable[[Any, State, Batch], tuple[State, dict[str, jax.Array]]]:
-    """The jitted `step(frozen, state, batch) -> (state, metrics)`; the state is donated.
+    """`step_function`, jitted; the state is donated.
+
+    Args:
+        mesh, state_shardings: where results live; from `shardings_of(state)` with a mesh.
+    """
+    if mesh is not None and state_shardings is None:
+        raise UserError("make_step with a mesh needs state_shardings=shardings_of(state).")
+    step = step_function(loss_fn, method, tx, accumulate=accumulate)
+    if mesh is None:
+        return jax.jit(step, donate_argnums=1)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(step, donate_argnums=1, out_shardings=(state_shardings, everywhere))
+
+
+def step_function(
+    loss_fn: LossFn, method: Any, tx: optax.GradientTransformation, *, accumulate: int = 1
+) -> Callable[[Any, State, Batch], tuple[State, dict[str, jax.Array]]]:
+    """`step(frozen, state, batch) -> (state, metrics)`: pure, to be jitted or mapped.
 
     The objective is sum(loss) / sum(weight) over the WHOLE batch plus `method.penalty`, so
-    accumulation over micro-batches with unequal weights equals one big batch.
+    accumulation over micro-batches with unequal weights equals one big batch. All numbers of the
+    run come with the state: `method` and `tx` give the structure alone.
 
     Args:
         loss_fn: from the method's variables; run through `adapt`, so it may ignore weight types.
         accumulate: micro-batches a step; must divide the rows of a batch.
-        mesh, state_shardings: where results live; from `shardings_of(state)` with a mesh.
 
     Metrics, float32 scalars: loss (without penalty), penalty, grad_norm, learning_rate (if known),
     tokens (sum of weights), finite (1 if loss and gradient are).
     """
     if accumulate < 1:
         raise UserError(f"accumulate={accumulate} must be at least 1.")
-    if mesh is not None and state_shardings is None:
-        raise UserError("make_step with a mesh needs state_shardings=shardings_of(state).")
     tx = method.wrap_optimizer(tx)
     adapted = adapt(loss_fn)
 
-    def summed(trainable: Any, frozen: Any, micro: Batch, key: jax.Array):
-        return adapted(method.combine(frozen, trainable, key=key), micro)
+    def summed(trainable: Any, frozen: Any, numbers: Any, micro: Batch, key: jax.Array):
+        return adapted(method.combine(frozen, trainable, key=key, numbers=numbers), micro)
 
     gradient = jax.value_and_grad(summed, has_aux=True)
 
@@ -136,7 +168,9 @@ def make_step(
 
         def one(micro: Batch, number: Any):
             key_micro = jax.random.fold_in(key, number)
-            (loss, weight), grads = gradient(state.trainable, frozen, micro, key_micro)
+            (loss, weight), grads = gradient(
+                state.trainable, frozen, state.numbers, micro, key_micro
+            )
             return loss, weight, grads
 
         if accumulate == 1:
@@ -174,10 +208,7 @@ def make_step(
         )
         return method.after_update(state), metrics
 
-    if mesh is None:
-        return jax.jit(step, donate_argnums=1)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(step, donate_argnums=1, out_shardings=(state_shardings, everywhere))
+    return step
 
 
 def _split(name: str, x: jax.Array, parts: int) -> jax.Array:

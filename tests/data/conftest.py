@@ -42,3 +42,15 @@ def gguf_path() -> Path:
 @pytest.fixture(scope="session")
 def smollm(gguf_path: Path) -> Tokenizer:
     return Tokenizer.from_gguf(gguf_path)
+
+
+@pytest.fixture(scope="session")
+def bert() -> Tokenizer:
+    """Words a to j with BERT's special tokens: [PAD] 0, [CLS] 1, [SEP] 2, [UNK] 3, a 4, b 5, …"""
+    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *"abcdefghij"]
+    backend = tokenizers.Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]")
+    )
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
+    return Tokenizer(backend, special_tokens=special)

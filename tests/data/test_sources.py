@@ -82,8 +82,8 @@ def test_file_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         Files(str(cut)).open()
     with pytest.raises(UserError, match=r"\.parquet"):
-        (tmp_path / "x.txt").write_text("x")
-        Files(str(tmp_path / "x.txt")).open()
+        (tmp_path / "x.xml").write_text("x")
+        Files(str(tmp_path / "x.xml")).open()
 
 
 def test_original_e2e(shared: Path) -> None:
@@ -141,3 +141,43 @@ def test_two_at_once_prepare_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         first, second = pool.map(lambda _: source.open(), range(2))
     assert prepared == ["array_record"]
     assert list(first) == list(second) and len(first) > 60
+
+
+def test_joined_splits_tell_theirs(tmp_path: Path) -> None:
+    for name, numbers in (("a", [0, 1]), ("b", [2, 3, 4])):
+        lines = "\n".join(json.dumps({"n": n}) for n in numbers)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    records = Files(str(tmp_path / "{split}.jsonl"), split="a+b[1:]").open()
+    expected = [{"n": n, "split": s} for n, s in ((0, "a"), (1, "a"), (3, "b"), (4, "b"))]
+    assert list(records) == expected and len(records) == 4
+    assert [records[i] for i in range(4)] == expected == records[:]
+    assert records[-1] == expected[-1]
+    with pytest.raises(IndexError):
+        records[4]
+
+
+def test_joined_splits_of_tfds(shared: Path) -> None:
+    records = TFDS("glue/cola", "validation[:2]+test[:1]", str(shared / "tfds")).open()
+    assert [r["split"] for r in records] == ["validation", "validation", "test"]
+    assert records[2]["label"] == -1 and records[0]["sentence"]
+
+
+def test_lines_of_a_pattern(tmp_path: Path) -> None:
+    path = tmp_path / "x.label"
+    path.write_bytes("A:b caf\xe9\r\n\nC:d two words\n".encode("latin-1"))
+    source = Files(str(path), pattern=r"(?P<label>\w):\w (?P<text>.*)", encoding="latin-1")
+    assert source.open() == [
+        {"label": "A", "text": "caf\xe9"},
+        {"label": "C", "text": "two words"},
+    ]
+    path.write_text("no label\n")
+    with pytest.raises(UserError, match="line 1: 'no label' is not of the pattern"):
+        source.open()
+    for pattern, message in (("(", "not a regular expression"), (".*", "names no group")):
+        with pytest.raises(UserError, match=message):
+            Files(str(path), pattern=pattern).open()
+
+
+def test_a_gzipped_file_stands_in_for_a_missing_one(tmp_path: Path) -> None:
+    (tmp_path / "train.csv.gz").write_bytes(gzip.compress(b"a\n1\n"))
+    assert Files(str(tmp_path / "{split}.csv"), split="train").open() == [{"a": "1"}]

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from lora_jax.data.metrics import edit_distance, phoneme_error_rate
-from lora_jax.data.tasks import G2P, TASKS, Chat, Example, TextToText
+from lora_jax.data.tasks import TASKS, Example
+from lora_jax.data.tasks.chat import Chat
+from lora_jax.data.tasks.g2p import G2P
+from lora_jax.data.tasks.text_to_text import TextToText
 from lora_jax.data.tokenizer import Tokenizer
 from lora_jax.errors import UserError
 
@@ -114,3 +117,15 @@ def test_phoneme_error_rate() -> None:
         phoneme_error_rate(["a"], ["a", "b"])
     with pytest.raises(UserError, match="empty"):
         phoneme_error_rate(["a"], [[""]])
+
+
+def test_metrics_name_the_principal_first() -> None:
+    task = G2P()
+    found = task.metrics([" k aa t\n", "k"], [WORD, WORD])
+    assert list(found) == ["phoneme_error_rate", "exact_match"] == [task.principal, "exact_match"]
+    assert found == pytest.approx({"phoneme_error_rate": 2 / 6, "exact_match": 0.5})
+    assert not task.higher_is_better and (task.head, task.num_labels) == ("lm", 0)
+    text = TextToText("{q}", "{a}", references_field="all")
+    records = [{"q": "", "a": "x", "all": ["x", "y"]}] * 2
+    assert text.metrics(["y ", "z"], text.evaluation_records(records)) == {"exact_match": 0.5}
+    assert text.principal == "exact_match" and text.higher_is_better

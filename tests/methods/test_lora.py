@@ -140,3 +140,85 @@ def test_bad_settings_say_what_to_do(kwargs, message):
 def test_axes_that_are_not_evident_must_be_told():
     with pytest.raises(lj.UserError, match="layouts"):
         lj.LoRA(targets="w$").init(KEY, {"w": jnp.ones((2, 3, 4))})
+
+
+def test_alpha_rules_are_per_layer():
+    method = lj.LoRA(rank=4, alpha=((r"layers/1/", 2.0), (".*", 8.0)), targets="query$")
+    name = "layers[0:3]/attention/query/kernel"
+    np.testing.assert_allclose(method.scales(stacked())[name], [2.0, 0.5, 2.0])
+    trainable = jax.tree.map(jnp.ones_like, method.init(KEY, stacked()))
+    merged = partition.flatten(method.merge(stacked(), trainable))[name]
+    delta = merged - partition.flatten(stacked())[name]
+    np.testing.assert_allclose(delta[:, 0, 0], [8.0, 2.0, 8.0], rtol=1e-5)
+
+
+def test_embeddings_start_the_other_way_round():
+    params = {"embed": {"embedding": jnp.ones((50, 400))}}
+    start = lj.LoRA(rank=8, targets="embed$").init(KEY, params)["embed/embedding"]
+    assert not np.any(start["a"]) and start["a"].shape == (50, 8)
+    np.testing.assert_allclose(start["b"].std(), 1.0, rtol=0.05)
+
+
+def test_init_scale_multiplies_the_start():
+    one, two = (
+        lj.LoRA(init_scale=s).init(KEY, stacked())["layers[0:3]/attention/query/kernel"]
+        for s in (1.0, 2.5)
+    )
+    np.testing.assert_allclose(two["a"], 2.5 * one["a"], rtol=1e-6)
+    assert not np.any(two["b"])
+
+
+def test_all_linear_is_every_matrix_of_a_stack_and_nothing_else():
+    found = lj.LoRA(targets="all-linear").ranks(stacked())
+    assert set(found) == {f"layers[0:3]/attention/{n}/kernel" for n in ("query", "value")}
+
+
+def test_a_leaf_trained_whole_has_no_factors():
+    method = lj.LoRA(targets=(r"query$", r"head$"), train=(r"^head/kernel",))
+    trainable = method.init(KEY, stacked())
+    assert trainable["head/kernel"].shape == (6, 7)
+    assert method.count(stacked()).total == 8 * 11 * 3 + 42
+
+
+def test_dropout_is_off_without_a_key_and_differs_by_layer():
+    method = lj.LoRA(targets="query$", dropout=0.5)
+    name = "layers[0:3]/attention/query/kernel"
+    params = stacked()
+    trainable = method.init(KEY, params)
+    off = partition.flatten(method.combine(params, trainable)["params"])[name]
+    assert off.key is None
+    on = partition.flatten(method.combine(params, trainable, key=KEY)["params"])[name]
+    assert len({tuple(k) for k in jax.random.key_data(on.key).tolist()}) == 3
+    # A layer's mask does not depend on how the stack is cut.
+    cut = partition.split_stacks(params, {"layers": [2]})
+    part = method.combine(cut, method.init(KEY, cut), key=KEY)["params"]
+    last = partition.flatten(part)["layers[2:3]/attention/query/kernel"].key
+    np.testing.assert_array_equal(jax.random.key_data(last)[0], jax.random.key_data(on.key)[2])
+
+
+def test_layers_of_experts_have_a_scale_per_layer():
+    params = {"layers[0:2]": {"experts": jnp.ones((2, 3, 4, 5))}}
+    method = lj.LoRA(
+        rank=((r"layers/0/", 1), (".*", 2)), alpha=2.0, targets="experts$",
+        layouts=((".*", "bbio"),), dropout=0.5,
+    )  # fmt: skip
+    trainable = jax.tree.map(lambda x: x + 1.0, method.init(KEY, params))
+    assert method.count(params).total == (1 + 2) * 3 * (4 + 5)
+    factors = trainable["layers[0:2]/experts"]
+    want = jnp.einsum("leir,lero->leio", factors["a"], factors["b"])
+    want = 1.0 + jnp.array([2.0, 1.0]).reshape(2, 1, 1, 1) * want
+    merged = method.merge(params, trainable)["layers[0:2]"]["experts"]
+    np.testing.assert_allclose(merged, want, rtol=1e-5)
+    x = jax.random.normal(KEY, (7, 4))
+
+    def f(p, x):
+        def layer(c, w):
+            return c, jnp.einsum("bi,eio->ebo", x, w)
+
+        return jax.lax.scan(layer, None, p["layers[0:2]"]["experts"])[1]
+
+    adapted = lj.adapt(f)
+    plain = adapted(method.combine(params, trainable)["params"], x)
+    np.testing.assert_allclose(plain, jnp.einsum("bi,leio->lebo", x, want), rtol=1e-4, atol=1e-4)
+    dropped = adapted(method.combine(params, trainable, key=KEY)["params"], x)
+    assert not np.allclose(dropped, plain)

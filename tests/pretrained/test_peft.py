@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_llama import random_model
-from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import lora_jax as lj
 from lora_jax import partition
+from lora_jax.methods.peft.targets import lookup, pattern_of, short_names
 from lora_jax.pretrained import load_adapter, save_adapter
-from lora_jax.pretrained.peft_config import lookup, pattern_of, short_names
 
 
 def trained(method, params, seed=1):
@@ -66,10 +65,19 @@ def test_round_trip(tmp_path, tiny, name):
     save_adapter(tmp_path / "a", model, method, trainable)  # shapes are known without params
     again, loaded = load_adapter(tmp_path / "a", model, params)
     same(loaded, trainable)
-    assert again.ranks(params) == method.ranks(params)
-    jax.tree.map(np.testing.assert_array_equal, again.scales(params), method.scales(params))
-    assert (again.scaling, again.dropout, again.start) == (
+    assert again == method
+    without_header(tmp_path / "a")  # as PEFT would have written it
+    told, loaded = load_adapter(tmp_path / "a", model, params)
+    same(loaded, trainable)
+    assert told.ranks(params) == method.ranks(params)
+    jax.tree.map(np.testing.assert_array_equal, told.scales(params), method.scales(params))
+    assert (told.scaling, told.dropout, told.start) == (
         method.scaling, method.dropout, method.start)  # fmt: skip
+
+
+def without_header(folder):
+    file = folder / "adapter_model.safetensors"
+    save_file(load_file(file), file)
 
 
 def test_padding_is_not_saved(tmp_path, tiny):
@@ -120,21 +128,6 @@ def test_tied_embedding(tmp_path):
         load_adapter(tmp_path / "a", model, params)
 
 
-def test_another_base_is_refused(tmp_path, tiny):
-    _, model, params = tiny
-    method = lj.LoRA(rank=2)
-    trainable = trained(method, params)
-    save_adapter(tmp_path / "a", model, method, trainable, base_sha256="ab" * 32)
-    with safe_open(tmp_path / "a" / "adapter_model.safetensors", "numpy") as file:
-        assert file.metadata()["lora_jax.base_sha256"] == "ab" * 32
-    load_adapter(tmp_path / "a", model, params, base_sha256="ab" * 32)
-    with pytest.raises(lj.UserError, match="force=True"):
-        load_adapter(tmp_path / "a", model, params, base_sha256="cd" * 32)
-    same(
-        load_adapter(tmp_path / "a", model, params, base_sha256="cd" * 32, force=True)[1], trainable
-    )
-
-
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -142,7 +135,9 @@ def test_another_base_is_refused(tmp_path, tiny):
         ({"megatron_config": {"x": 1}, "layer_replication": [[0, 2]]}, "layer_repl.*megatron"),
         ({"some_new_option": 3}, "some_new_option=3"),
         ({"init_lora_weights": "pissa"}, "changes the base's weights"),
-        ({"peft_type": "IA3"}, "only LORA"),
+        ({"peft_type": "NEW"}, "peft_type is 'NEW'; only .*LORA.* is read"),
+        ({"lora_bias": True}, "lora_bias=True"),
+        ({"bias": "some"}, "bias='some'"),
         ({"r": 5}, "should have rank 5"),
         ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, "no factors for .*k_proj"),
         ({"target_modules": ["q_proj"]}, "does not target"),
@@ -195,13 +190,19 @@ def test_biases(tmp_path, trains):
     train = {"all": r"/bias$", "lora_only": r"(query|value)/bias$", "neither": r"query/bias$"}
     method = lj.LoRA(rank=2, train=(train[trains],))
     trainable = trained(method, params)
-    if trains == "neither":
-        with pytest.raises(lj.UserError, match="biases of all modules or of all adapted"):
+    if trains == "neither":  # kept all the same, in our own form
+        with pytest.warns(UserWarning, match="biases of all modules or of all adapted"):
             save_adapter(tmp_path / "a", model, method, trainable)
-        return
-    save_adapter(tmp_path / "a", model, method, trainable)
-    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["bias"] == trains
-    same(load_adapter(tmp_path / "a", model, params)[1], trainable)
+    else:
+        save_adapter(tmp_path / "a", model, method, trainable)
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    if trains == "neither":
+        assert config["peft_type"] == "LORA_JAX" and "biases of all" in config["reason"]
+    else:
+        assert config["bias"] == trains
+    again, loaded = load_adapter(tmp_path / "a", model, params)
+    same(loaded, trainable)
+    assert again == method
 
 
 def test_a_module_trained_in_part_is_saved_whole(tmp_path):
@@ -215,13 +216,6 @@ def test_a_module_trained_in_part_is_saved_whole(tmp_path):
     kernel = "layers[0:3]/attention/out/kernel"
     np.testing.assert_array_equal(loaded[kernel], partition.flatten(params)[kernel])
     same({p: loaded[p] for p in trainable}, trainable)
-
-
-def test_full_fine_tuning_is_no_adapter(tmp_path, tiny):
-    _, model, params = tiny
-    method = lj.FullFineTuning()
-    with pytest.raises(lj.UserError, match="save_pretrained"):
-        save_adapter(tmp_path / "a", model, method, method.init(jax.random.key(0), params))
 
 
 def test_names_that_peft_would_understand_otherwise():

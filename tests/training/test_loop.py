@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import resource
 import signal
 
 import jax
@@ -89,8 +90,37 @@ def test_not_finite_names_the_last_good_checkpoint(tmp_path):
         train(tmp_path / "new", data=tiny.Batches(poison_at=2))
 
 
+def test_a_rate_beyond_all_bounds_is_named(tmp_path):
+    tx = make_optimizer(OptimizerConfig(learning_rate=1e30, schedule="constant"), 8)
+    step = make_step(functools.partial(chunked_loss, tiny.MODEL), METHOD, tx)
+    with pytest.raises(UserError, match=r"step \d: the loss is .*Lower the learning rate"):
+        fit(
+            step, PARAMS, init_state(METHOD, PARAMS, tx), tiny.Batches(), steps=8,
+            workdir=tmp_path, progress=False,
+        )  # fmt: skip
+
+
 def test_best_and_latest_are_kept(tmp_path):
-    train(tmp_path, evaluate=evaluate, eval_every=1)  # losses 1 2 3 4 0 1 2 3
+    seen = {}
+
+    def keeping(frozen, state):
+        seen[int(state.step)] = jax.tree.map(jnp.copy, state.trainable)
+        return evaluate(frozen, state)
+
+    result = train(tmp_path, evaluate=keeping, eval_every=1)  # losses 1 2 3 4 0 1 2 3
+    assert (result.best_step, result.best_metrics, result.metrics) == (5, {"loss": 0}, {"loss": 3})
+    with Checkpoints(tmp_path / "checkpoints", metric="loss") as checkpoints:
+        tiny.same(checkpoints.restore_trainable(result.state.trainable, 5), seen[5])
+        tiny.same(checkpoints.restore_trainable(result.state.trainable), seen[8])
+        with pytest.raises(UserError, match="is only in the checkpoint"):
+            checkpoints.restore_trainable({}, 5)
+    with Checkpoints(tmp_path / "other", metric="loss", mode="max") as checkpoints:
+        for step, value in ((1, 2.0), (2, 7.0), (3, float("nan")), (4, 3.0)):
+            checkpoints.save(step, {"x": jnp.zeros(2)}, metrics={"loss": value})
+        checkpoints.wait()
+        assert (checkpoints.best, checkpoints.latest) == (2, 4)
+        with pytest.raises(UserError, match="'loss' .*did you mean lost"):
+            checkpoints.save(5, {"x": jnp.zeros(2)}, metrics={"lost": 1.0})
     with Checkpoints(tmp_path / "checkpoints", metric="loss") as checkpoints:
         assert (checkpoints.best, checkpoints.latest) == (5, 8)
     names = {p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
@@ -155,3 +185,30 @@ def test_saved_before_donation_and_restored_on_another_mesh(tmp_path):
         lambda x: x.sharding, like.trainable
     )
     assert restored.data == "{}"
+
+
+def test_a_save_that_fails_leaves_the_last_good_one(tmp_path):
+    """As on a full disk: the system refuses to let any file grow."""
+    state = {"x": jax.random.normal(jax.random.key(0), (200, 200))}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state)
+        checkpoints.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+        try:
+            with pytest.raises(UserError, match=r"step 2 could not be written.*/1 is whole"):
+                checkpoints.save(2, state)
+                checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert [p.name for p in tmp_path.iterdir()] == ["1"]
+        tiny.same(checkpoints.restore(state).state, state)
+        checkpoints.save(3, state)
+        checkpoints.wait()
+        assert checkpoints.latest == 3
+
+
+def test_a_directory_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot make the checkpoint directory"):
+        Checkpoints(tmp_path / "file" / "checkpoints")

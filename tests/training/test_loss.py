@@ -8,7 +8,13 @@ import tiny
 
 from lora_jax.errors import UserError
 from lora_jax.tensors import adapt
-from lora_jax.training import chunked_loss, count_targets, token_losses
+from lora_jax.training import (
+    chunked_loss,
+    classification_loss,
+    count_targets,
+    regression_loss,
+    token_losses,
+)
 
 
 def plain(variables, batch):
@@ -91,3 +97,59 @@ def test_token_losses_are_per_position(packed):
 def test_chunk_below_one():
     with pytest.raises(UserError, match="at least 1"):
         chunked_loss(tiny.MODEL, {"params": {}}, tiny.batch(0), chunk=0)
+
+
+@pytest.mark.parametrize("options", [{"chunk": 7}, {"chunk": 16, "max_targets": 24}])
+def test_label_smoothing_is_the_mean_over_the_vocabulary(packed, options):
+    """(1 - e) * nll + e * mean(-log p), summed by a loop over positions."""
+    variables, e = {"params": tiny.params()}, 0.1
+    logits = tiny.MODEL.apply(
+        variables, packed["tokens"], positions=packed["positions"],
+        segment_ids=packed["segment_ids"],
+    )  # fmt: skip
+    logs = np.asarray(jax.nn.log_softmax(logits))
+    segments, expected = packed["segment_ids"], 0.0
+    for b, t in np.ndindex(logs.shape[0], logs.shape[1] - 1):
+        if segments[b, t] == segments[b, t + 1] != 0:
+            smooth = -(1 - e) * logs[b, t, packed["tokens"][b, t + 1]] - e * logs[b, t].mean()
+            expected += packed["loss_mask"][b, t + 1] * smooth
+    total, _ = chunked_loss(tiny.MODEL, variables, packed, label_smoothing=e, **options)
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    with pytest.raises(UserError, match="label_smoothing=1"):
+        chunked_loss(tiny.MODEL, variables, packed, label_smoothing=1)
+
+
+def encoder_batch(labels):
+    return {
+        "tokens": np.arange(12).reshape(4, 3), "attention_mask": np.ones((4, 3), np.int32),
+        "token_type_ids": np.zeros((4, 3), np.int32), "labels": np.array(labels),
+        "weights": np.array([1, 1, 1, 0], np.float32),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_classification_loss_equals_torch(smoothing):
+    torch = pytest.importorskip("torch")
+    batch = encoder_batch([0, 2, 1, 1])
+    variables = {"table": jax.random.normal(jax.random.key(0), (12, 5))}
+    total, weight = classification_loss(tiny.Head, variables, batch, label_smoothing=smoothing)
+    logits = tiny.Head.apply(variables, batch["tokens"], batch["attention_mask"])
+    expected = torch.nn.functional.cross_entropy(
+        torch.tensor(np.asarray(logits))[:3], torch.tensor(batch["labels"][:3]),
+        label_smoothing=smoothing, reduction="sum",
+    )  # fmt: skip
+    np.testing.assert_allclose(total, float(expected), rtol=1e-5)
+    assert float(weight) == 3
+
+
+def test_regression_loss():
+    batch = encoder_batch([0.5, 1.5, -2.0, 100.0])
+    variables = {"table": jax.random.normal(jax.random.key(0), (12, 1))}
+    total, weight = regression_loss(tiny.Head, variables, batch)
+    values = np.asarray(tiny.Head.apply(variables, batch["tokens"], batch["attention_mask"]))
+    np.testing.assert_allclose(
+        total, sum((values[i, 0] - batch["labels"][i]) ** 2 for i in range(3)), rtol=1e-5
+    )
+    assert float(weight) == 3
+    with pytest.raises(UserError, match="1 output, not 5"):
+        regression_loss(tiny.Head, {"table": jnp.zeros((12, 5))}, batch)

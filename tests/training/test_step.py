@@ -1,4 +1,4 @@
-"""One step: who trains, accumulation, hooks, optimizers, and several devices against one."""
+"""One step: who trains, accumulation, hooks and seeds."""
 
 import dataclasses
 import functools
@@ -9,22 +9,14 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from jax.sharding import PartitionSpec as P
 
-from lora_jax import partition
 from lora_jax.errors import UserError
 from lora_jax.training import (
-    MeshConfig,
     OptimizerConfig,
     chunked_loss,
     init_state,
-    make_mesh,
     make_optimizer,
     make_step,
-    mesh,
-    place_batch,
-    shardings,
-    shardings_of,
     stream,
 )
 
@@ -85,9 +77,9 @@ def test_dropout_key_differs_by_step_and_micro_batch():
         def __getattr__(self, name):
             return getattr(method, name)
 
-        def combine(self, frozen, trainable, *, key=None):
+        def combine(self, frozen, trainable, *, key=None, **options):
             jax.debug.callback(lambda k: seen.append(tuple(k.tolist())), jax.random.key_data(key))
-            return method.combine(frozen, trainable, key=key)
+            return method.combine(frozen, trainable, key=key, **options)
 
     run(2, method=Spy(), accumulate=2)
     jax.effects_barrier()
@@ -115,116 +107,9 @@ def test_hooks_are_honoured(reference):
     tiny.same(state.trainable, tiny.METHOD.init(stream(0, "init"), tiny.params()))
 
 
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        (
-            OptimizerConfig("adamw", 0.1, weight_decay=0.3),
-            lambda r: optax.adamw(r, weight_decay=0.3),
-        ),
-        (OptimizerConfig("adam", 0.1), optax.adam),
-        (OptimizerConfig("sgd", 0.1, momentum=0.9), lambda r: optax.sgd(r, momentum=0.9)),
-        (
-            OptimizerConfig("lion", 0.1, b2=0.99, weight_decay=0.3),
-            lambda r: optax.lion(r, weight_decay=0.3),
-        ),
-    ],
-    ids=lambda x: getattr(x, "name", ""),
-)
-def test_optimizers_equal_optax(config, expected):
-    def follow(tx):
-        x = {"x": jnp.array([3.0, -2.0])}
-        opt_state, update = tx.init(x), jax.jit(tx.update)
-        for _ in range(10):
-            updates, opt_state = update(jax.tree.map(lambda v: 2 * v, x), opt_state, x)
-            x = optax.apply_updates(x, updates)
-        return x
-
-    ours = follow(make_optimizer(config, 10))
-    tiny.close(ours, follow(expected(optax.linear_schedule(0.1, 0.0, 10))))
-
-
-def test_schedules():
-    from lora_jax.training.optimizer import schedule_factor
-
-    def values(**options):
-        factor = schedule_factor(OptimizerConfig(**options), 10)
-        return [round(float(factor(i)), 4) for i in (0, 1, 2, 6, 10)]
-
-    assert values(schedule="constant", warmup_steps=2) == [0.5, 1, 1, 1, 1]
-    assert values(schedule="linear", warmup_steps=2) == [0.5, 1, 1, 0.5, 0]
-    assert values(schedule="cosine", warmup_steps=2) == [0.5, 1, 1, 0.5, 0]
-    with pytest.raises(UserError, match="below the 10 steps"):
-        values(warmup_steps=10)
-
-
-def test_groups_multiply_per_layer_and_factor():
-    config = OptimizerConfig(
-        name="sgd",
-        schedule="constant",
-        learning_rate=1.0,
-        groups=((r"layers/1/.*/b$", 16.0), (r"layers/0/attention/query$", 0.0)),
-    )
-    trainable = tiny.METHOD.init(jax.random.key(0), tiny.params())
-    tx = make_optimizer(config, 5)
-    ones = jax.tree.map(jnp.ones_like, trainable)
-    updates, _ = tx.update(ones, tx.init(trainable), trainable)
-    query = updates["layers[0:2]/attention/query/kernel"]
-    value = updates["layers[0:2]/attention/value/kernel"]
-    assert [float(x) for x in query["b"][:, 0, 0]] == [0.0, -16.0]
-    assert [float(x) for x in query["a"][:, 0, 0]] == [0.0, -1.0]
-    assert [float(x) for x in value["b"][:, 0, 0]] == [-1.0, -16.0]
-    bad = make_optimizer(OptimizerConfig(groups=(("quarry", 2.0),)), 5)
-    with pytest.raises(UserError, match="'quarry' matches no"):
-        bad.init(trainable)
-
-
-@pytest.mark.parametrize(
-    ("config", "accumulate"),
-    [
-        (MeshConfig(data=4), 1),
-        (MeshConfig(fsdp=4), 1),
-        (MeshConfig(tensor=4), 1),
-        (MeshConfig(fsdp=2, tensor=2), 2),
-    ],
-    ids=str,
-)
-def test_four_devices_equal_one(reference, config, accumulate):
-    params, devices = tiny.params(), make_mesh(config)
-    frozen = tiny.METHOD.dropped(params)
-    frozen = jax.device_put(frozen, shardings(frozen, devices))
-    state = init_state(tiny.METHOD, params, TX, mesh=devices)
-    layout = shardings_of(state)
-    step = make_step(
-        LOSS, tiny.METHOD, TX, mesh=devices, state_shardings=layout, accumulate=accumulate
-    )
-    for i in range(3):
-        state, metrics = step(frozen, state, place_batch(tiny.batch(i), devices))
-        tiny.close({k: float(v) for k, v in metrics.items()}, reference[1][i])
-    tiny.close(jax.device_get(state.trainable), jax.device_get(reference[0].trainable), 2e-3, 2e-5)
-    assert shardings_of(state) == layout
-
-
-def test_where_things_live():
-    params, devices = tiny.params(), make_mesh(MeshConfig(fsdp=2, tensor=2))
-    placed = partition.flatten(shardings(params, devices))
-    assert placed["layers[0:2]/attention/query/kernel"].spec == P(None, "fsdp", "tensor")
-    assert placed["layers[0:2]/mlp/down/kernel"].spec == P(None, "tensor", "fsdp")
-    assert placed["embed/embedding"].spec == P("tensor", "fsdp")
-    trainable = tiny.METHOD.init(jax.random.key(0), params)
-    factors = mesh.trainable_shardings(trainable, params, devices)
-    query = factors["layers[0:2]/attention/query/kernel"]
-    assert query["a"].spec == P(None, "fsdp", None) and query["b"].spec == P(None, None, "tensor")
-    pure = mesh.trainable_shardings(trainable, params, make_mesh(MeshConfig(fsdp=4)))
-    assert all(s.is_fully_replicated for s in jax.tree.leaves(pure))
-
-
-def test_mesh_errors_say_what_to_do():
-    with pytest.raises(UserError, match="needs 3 devices, but there are 4"):
-        make_mesh(MeshConfig(data=3))
-    odd = {"head": {"kernel": jnp.zeros((6, 4))}}
-    with pytest.raises(UserError, match=r"length 6 does not divide over fsdp=4.*head"):
-        shardings(odd, make_mesh(MeshConfig(fsdp=4)))
-    with pytest.raises(UserError, match="multiple of 4"):
-        place_batch(tiny.batch(0, rows=6), make_mesh(MeshConfig(data=4)))
-    assert make_mesh().size == 1
+def test_each_stream_has_a_seed_of_its_own():
+    one = init_state(tiny.METHOD, tiny.params(), TX, seed=3)
+    other = init_state(tiny.METHOD, tiny.params(), TX, seed=3, dropout_seed=7)
+    tiny.same(one.trainable, other.trainable)
+    assert one.keys["dropout"] == stream(3, "dropout") != other.keys["dropout"]
+    assert other.keys["dropout"] == stream(7, "dropout")

@@ -47,6 +47,16 @@ def batch(seed, rows=ROWS):
     }
 
 
+class Head:
+    """A model with a head in the least code: the mean of a row of `table` a token."""
+
+    @staticmethod
+    def apply(variables, tokens, attention_mask=None, token_type_ids=None):
+        rows_BTC = variables["table"][jnp.asarray(tokens)]
+        mask_BT1 = jnp.asarray(attention_mask, jnp.float32)[..., None]
+        return jnp.sum(rows_BTC * mask_BT1, 1) / jnp.sum(mask_BT1, 1)
+
+
 class Batches:
     """An endless iterator whose state is a number, as Grain's is JSON."""
 

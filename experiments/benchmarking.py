@@ -1,0 +1,102 @@
+"""What the benchmarks share: arms run in turn, medians, ratios of rounds, results in JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Arm = Callable[[], None]
+"""Runs one update and waits for it."""
+
+
+def interleaved(arms: Mapping[str, Arm], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of each arm in each round. Arms take turns, so that a slow minute meets them all.
+
+    The order is turned round by round: no arm always runs after the same one.
+    """
+    for _ in range(warm_up):
+        for run in arms.values():
+            run()
+    names, seconds = list(arms), {name: [] for name in arms}
+    for number in range(rounds):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            start = time.perf_counter()
+            arms[name]()
+            seconds[name].append(time.perf_counter() - start)
+        took = ", ".join(f"{name} {values[-1]:.3f} s" for name, values in seconds.items())
+        print(f"round {number + 1}: {took}", flush=True)
+    return seconds
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and greatest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def ratio(seconds: Mapping[str, list[float]], one: str, other: str) -> dict[str, float] | None:
+    """Of `one` to `other`, round by round; None where an arm is left out."""
+    if one not in seconds or other not in seconds:
+        return None
+    return summary([a / b for a, b in zip(seconds[one], seconds[other], strict=True)])
+
+
+def compiled_figures(compiled: Any, compile_seconds: float) -> dict[str, float]:
+    """What XLA says of a compiled step. The body of a loop counts once in FLOPs and bytes."""
+    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    return {
+        "compile_seconds": compile_seconds,
+        "flops_counting_loops_once": cost["flops"],
+        "bytes_accessed_counting_loops_once": cost["bytes accessed"],
+        "temporary_bytes": memory.temp_size_in_bytes,
+    }
+
+
+def compile_timed(jitted: Any, *args: Any) -> tuple[Any, float]:
+    """(compiled, seconds of tracing, lowering and compiling)."""
+    start = time.perf_counter()
+    compiled = jitted.lower(*args).compile()
+    return compiled, time.perf_counter() - start
+
+
+def token_batch(rows: int, length: int, vocabulary: int, seed: int = 0) -> np.ndarray:
+    """Random tokens int32 [rows, length]: the time of a step does not depend on which."""
+    draw = np.random.default_rng(seed)
+    return draw.integers(0, vocabulary, (rows, length)).astype(np.int32)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of those packages that are installed, of Python, and the processor's cores."""
+    from importlib import metadata
+
+    found = {"python": platform.python_version(), "cores": str(os.cpu_count())}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def write_results(path: Path | None, results: Mapping[str, Any]) -> None:
+    """The results as JSON, if a path is given; the folder is made."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
+
+
+def verdict(name: str, value: float | None, limit: float) -> str:
+    """One line: the figure, the limit, and whether it holds."""
+    if value is None:
+        return f"{name}: not measured (limit {limit:g})"
+    return f"{name}: {value:.3f} (limit {limit:g}: {'holds' if value <= limit else 'FAILS'})"

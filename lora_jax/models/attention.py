@@ -1,0 +1,203 @@
+"""Attention for all families: causal or not, rotary or not, with a cache, masks and sites.
+
+Axes: B batch, T query positions, S key positions (cache slots), D model width, N query heads,
+K key/value heads, H head width, F = H // 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lora_jax.models import rotary
+from lora_jax.models.blocks import RMSNorm, dense
+from lora_jax.models.sites import site
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What every layer of a stack shares in one call.
+
+    Attributes:
+      cos, sin: [B, T, F] float32, see `rotary.tables`; None: positions are not rotary.
+      mask: [B or 1, 1, T, S] bool, True where a query sees a key; None: plainly causal, or
+        everything if not causal.
+      slot: int scalar, the cache slot of the first query; None without a cache.
+      causal: whether a query sees only keys up to its own (static).
+      deterministic: whether dropout is off (static).
+      keep_inputs: whether each layer also returns its input (static).
+    """
+
+    cos: jax.Array | None = None
+    sin: jax.Array | None = None
+    mask: jax.Array | None = None
+    slot: jax.Array | None = None
+    causal: bool = dataclasses.field(default=True, metadata={"static": True})
+    deterministic: bool = dataclasses.field(default=True, metadata={"static": True})
+    keep_inputs: bool = dataclasses.field(default=False, metadata={"static": True})
+
+
+def attention_masks(
+    queries: int,
+    slots: int,
+    *,
+    offset: int | jax.Array = 0,
+    prefix: int = 0,
+    attention_mask: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    causal: bool = True,
+    window: int | None = None,
+) -> jax.Array:
+    """Who sees whom: bool [B or 1, 1, queries, slots].
+
+    Query i sits in slot ``offset + i`` and, if causal, sees slots up to its own. The first `prefix`
+    slots are a prompt that every later query sees, whatever its segment.
+
+    Args:
+      queries, slots: lengths, the prompt included.
+      offset: slot of the first query.
+      prefix: length of the prompt, in slots.
+      attention_mask: [B, slots - prefix], nonzero where a slot may be seen.
+      segment_ids: [B, slots - prefix]; needs queries == slots. Only equal ids see each other.
+      causal: whether later slots are hidden.
+      window: how many slots up to its own a query sees (a sliding window); None: all.
+    """
+    row = offset + jnp.arange(queries)
+    column = jnp.arange(slots)
+    seen = (column[None, :] <= row[:, None]) if causal else jnp.ones((queries, slots), bool)
+    if window is not None:
+        seen = seen & (row[:, None] - column[None, :] < window)
+    mask = seen[None, None]
+    if attention_mask is not None:
+        seen_BS = jnp.pad(attention_mask != 0, ((0, 0), (prefix, 0)), constant_values=True)
+        mask = mask & seen_BS[:, None, None, :]
+    if segment_ids is not None:
+        ids_BS = jnp.pad(segment_ids, ((0, 0), (prefix, 0)))
+        same = ids_BS[:, None, :, None] == ids_BS[:, None, None, :]
+        mask = mask & (same | (column < prefix)[None, None, None, :])
+    return mask
+
+
+def default_positions(shape: tuple[int, ...], segment_ids: jax.Array | None = None) -> jax.Array:
+    """0, 1, 2, ... int32 [B, T], starting again at each new segment of a packed row."""
+    index_BT = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32)[None], shape)
+    if segment_ids is None:
+        return index_BT
+    before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    start_BT = jax.lax.cummax(jnp.where(segment_ids != before, index_BT, 0), axis=1)
+    return index_BT - start_BT
+
+
+class Attention(nn.Module):
+    """Attention with grouped key/value heads. Sites: ``kv``, ``out``.
+
+    Attributes:
+      implementation: of `jax.nn.dot_product_attention`: None (let JAX choose), "xla" or "cudnn".
+      dropout: rate on the attention probabilities, outside of deterministic calls.
+      head_norm_eps: epsilon of an RMSNorm over each head of query and key; None: no such norm.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    bias: bool
+    out_bias: bool
+    dtype: Any
+    implementation: Literal["xla", "cudnn"] | None = None
+    dropout: float = 0.0
+    head_norm_eps: float | None = None
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, cache: dict[str, jax.Array] | None, context: Context
+    ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+        """x [B, T, D], this layer's cache {"key", "value": [B, S, K, H]} -> (x, cache)."""
+        batch, length, width = x_BTD.shape
+
+        def project(name: str, heads: int) -> jax.Array:
+            y = dense(heads * self.head_dim, self.bias, self.dtype, name)(x_BTD)
+            return y.reshape(batch, length, heads, self.head_dim)
+
+        def placed(name: str, heads: int) -> jax.Array:
+            y = project(name, heads)
+            if self.head_norm_eps is not None:
+                y = RMSNorm(self.head_norm_eps, self.dtype, name=f"{name}_norm")(y)
+            if context.cos is None or context.sin is None:
+                return y
+            return rotary.rotate(y, context.cos, context.sin)
+
+        q_BTNH = placed("query", self.num_heads)
+        k_BSKH = placed("key", self.num_kv_heads)
+        v_BSKH = project("value", self.num_kv_heads)
+        if cache is not None:
+            k_BSKH = _write(cache["key"], k_BSKH, context.slot)
+            v_BSKH = _write(cache["value"], v_BSKH, context.slot)
+            cache = {"key": k_BSKH, "value": v_BSKH}
+        slots = k_BSKH.shape[1]
+        k_BSKH, v_BSKH = site(
+            self,
+            "kv",
+            k_BSKH.astype(self.dtype),
+            v_BSKH.astype(self.dtype),
+            may_lengthen=True,
+            inputs=x_BTD,
+        )
+        mask, prefix = context.mask, k_BSKH.shape[1] - slots
+        if prefix:
+            if mask is None and context.causal:
+                mask = attention_masks(length, slots)
+            if mask is not None:
+                mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (prefix, 0)), constant_values=True)
+        y_BTNH = self._attend(q_BTNH, k_BSKH, v_BSKH, mask, context)
+        y_BTD = dense(width, self.out_bias, self.dtype, "out")(y_BTNH.reshape(batch, length, -1))
+        return site(self, "out", y_BTD, inputs=x_BTD), cache
+
+    def _attend(
+        self,
+        q_BTNH: jax.Array,
+        k_BSKH: jax.Array,
+        v_BSKH: jax.Array,
+        mask: jax.Array | None,
+        context: Context,
+    ) -> jax.Array:
+        causal = mask is None and context.causal
+        if self.dropout and not context.deterministic:
+            if causal:
+                mask = attention_masks(q_BTNH.shape[1], k_BSKH.shape[1])
+            key = self.make_rng("dropout")
+            return attend_with_dropout(q_BTNH, k_BSKH, v_BSKH, mask, self.dropout, key)
+        return jax.nn.dot_product_attention(
+            q_BTNH, k_BSKH, v_BSKH, mask=mask, is_causal=causal, implementation=self.implementation
+        )
+
+
+def attend_with_dropout(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask: jax.Array | None,
+    rate: float,
+    key: jax.Array,
+) -> jax.Array:
+    """Attention whose probabilities are dropped: `jax.nn.dot_product_attention` cannot do that."""
+    group = q_BTNH.shape[2] // k_BSKH.shape[2]
+    k_BSNH, v_BSNH = (jnp.repeat(x, group, axis=2) for x in (k_BSKH, v_BSKH))
+    wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
+    scores = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH, preferred_element_type=wide)
+    scores = scores * q_BTNH.shape[-1] ** -0.5
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(wide).min)
+    kept = jax.random.bernoulli(key, 1.0 - rate, scores.shape)
+    probabilities = jnp.where(kept, jax.nn.softmax(scores) / (1.0 - rate), 0.0)
+    return jnp.einsum("bnts,bsnh->btnh", probabilities.astype(v_BSNH.dtype), v_BSNH)
+
+
+def _write(cache_BSKH: jax.Array, new_BTKH: jax.Array, slot: jax.Array | None) -> jax.Array:
+    start = 0 if slot is None else slot
+    new_BTKH = new_BTKH.astype(cache_BSKH.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(cache_BSKH, new_BTKH, start, axis=1)

@@ -1,0 +1,123 @@
+"""An experiment's plan: its model as shapes, its batches as one made-up example gives them."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from lora_jax import training
+from lora_jax.errors import UserError
+from lora_jax.experiment import Experiment, ModelConfig
+from lora_jax.plan.devices import device_memory, mesh_for, parse_memory
+from lora_jax.plan.plan import Plan, plan_step
+from lora_jax.pretrained import hub
+from lora_jax.pretrained.assemble import abstract_params
+from lora_jax.pretrained.folder import read_json
+from lora_jax.pretrained.load import build_model, family_of, open_source
+from lora_jax.workbench import Workbench
+
+
+def plan_config(
+    experiment: Experiment, *, topology: str | None = None, memory: int | str | None = None
+) -> Plan:
+    """What a training step of the experiment needs; no weight is read and no data opened.
+
+    It is an upper bound where the data would show that fewer positions carry loss, and leaves out
+    a method's `prepare` and the evaluation.
+
+    Args:
+      topology: a TPU slice to compile for, such as "v5e:8x8" (needs the extra `tpu`, not a TPU);
+        None: the devices that are here.
+      memory: of a device, in bytes or as "24GiB"; None: what the device has.
+    """
+    mesh = mesh_for(experiment.mesh, topology)
+    bench = Sketch(experiment, mesh)
+    return plan_step(
+        bench.loss,
+        experiment.method,
+        training.make_optimizer(experiment.optimizer, experiment.training.steps),
+        bench.params,
+        next(bench.batches(0)),
+        mesh=mesh,
+        memory=device_memory(mesh, topology) if memory is None else parse_memory(memory),
+        rules=bench.sharding_rules,
+        accumulate=experiment.training.accumulate,
+    )
+
+
+class Sketch(Workbench):
+    """A workbench whose parameters are `ShapeDtypeStruct`s and whose data is one long example."""
+
+    def __init__(self, experiment: Experiment, mesh: Mesh):
+        super().__init__(experiment, mesh)
+
+    @functools.cached_property
+    def loaded(self) -> tuple[Any, Any]:
+        m = self.experiment.model
+        head = {} if self.task.head == "lm" else {"num_labels": self.task.num_labels}
+        options = {
+            "dtype": _dtype(m.compute_dtype or m.dtype).name,
+            "remat": m.remat,
+            "unroll": m.unroll,
+            "head": self.task.head,
+            **head,
+        }
+        model = build_model(hf_config(m), options)
+        return model, abstract_params(family_of(model).tensors(model.config), _dtype(m.dtype))
+
+    @property
+    def pad_id(self) -> int:
+        return 0
+
+    @functools.cached_property
+    def train_examples(self) -> list[dict[str, Any]]:
+        d = self.experiment.data
+        length = max(d.buckets, default=d.length)
+        tokens = np.ones(length, np.int32)
+        if self.task.head == "lm":
+            return [{"tokens": tokens, "loss_mask": np.ones(length, np.float32)}]
+        label = 0 if self.task.head == "classification" else 0.0
+        return [{"tokens": tokens, "token_type_ids": np.zeros(length, np.int32), "label": label}]
+
+
+def _dtype(name: str) -> jnp.dtype:
+    try:
+        return jnp.dtype(name)
+    except TypeError:
+        raise UserError(f"model dtype {name!r}: write float32, bfloat16 or float16") from None
+
+
+def hf_config(model: ModelConfig) -> dict[str, Any]:
+    """The config.json that `model` names: its `shape`, or its source's, without the weights.
+
+    A folder need hold nothing but config.json; of a model on the hub only that file is fetched.
+    """
+    if model.shape is not None:
+        return dict(model.shape)
+    path = Path(model.source).expanduser()
+    if path.is_dir():
+        return read_json(path / "config.json")
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model.source) and not path.exists()
+    if on_hub and model.source not in hub.ALIASES and path.suffix != ".gguf":
+        return _from_hub(model.source)
+    return dict(open_source(model.source).config)
+
+
+def _from_hub(name: str) -> dict[str, Any]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return read_json(Path(hf_hub_download(name, "config.json")))
+    except (HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"cannot get config.json of {name!r} from the Hugging Face hub "
+            f"({str(error).splitlines()[0]}); give a folder that holds it, or its content as "
+            "model.shape"
+        ) from None

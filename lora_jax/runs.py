@@ -1,0 +1,248 @@
+"""A run: from an experiment to a workdir that holds an adapter and a result, and back.
+
+A workdir has `config.json` (complete), `metrics.jsonl`, TensorBoard events, `checkpoints/`,
+`adapter/` and `result.json`, written last: where it stands, the run is finished.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax import pretrained, training
+from lora_jax.errors import UserError
+from lora_jax.experiment import Experiment, from_dict, to_dict
+from lora_jax.tensors import adapt
+from lora_jax.workbench import Workbench, endless
+
+RESULT = "result.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A run before its first step.
+
+    Attributes:
+      method: after `prepare`, if it looks at data.
+      tx: the optimizer, not yet wrapped by the method.
+      frozen: what the step holds besides the state.
+      state: on the mesh, if there is one.
+    """
+
+    method: Any
+    tx: Any
+    frozen: Any
+    state: training.State
+
+
+def begin(bench: Workbench, experiment: Experiment) -> Start:
+    """The method, optimizer and first state of `experiment` on a workbench."""
+    t = experiment.training
+    method = experiment.method.prepare(
+        adapt(bench.model.apply), bench.params, endless(lambda: bench.batches(experiment.data.seed))
+    )
+    trainable = None
+    if t.start_from:
+        _, trainable = pretrained.load_adapter(t.start_from, bench.model, bench.params)
+        _same_shapes(t.start_from, trainable, method, bench.params)
+    tx = training.make_optimizer(experiment.optimizer, t.steps)
+    state = training.init_state(
+        method, bench.params, tx, seed=experiment.seed, dropout_seed=t.dropout_seed,
+        trainable=trainable, mesh=bench.mesh, rules=bench.sharding_rules,
+    )  # fmt: skip
+    return Start(method, tx, method.dropped(bench.params), state)
+
+
+def _same_shapes(source: str, trainable: Any, method: Any, params: Any) -> None:
+    wanted = jax.eval_shape(lambda: method.init(jax.random.key(0), params))
+    old = jax.tree.map(lambda x: tuple(x.shape), trainable)
+    new = jax.tree.map(lambda x: tuple(x.shape), wanted)
+    if old != new:
+        raise UserError(
+            f"training.start_from: the adapter in {source} has other targets or ranks than "
+            "config.method; make them equal"
+        )
+
+
+def run(experiment: Experiment, workdir: str | Path, *, progress: bool = True) -> dict[str, Any]:
+    """Trains, evaluates and saves; an interrupted workdir goes on where it was.
+
+    Returns what `result.json` holds. Raises UserError for a workdir that is finished, or that
+    another config began.
+    """
+    began, folder, t = time.perf_counter(), Path(workdir), experiment.training
+    if t.keep == "best" and not t.eval_every:
+        raise UserError("training.keep='best' needs training.eval_every above 0")
+    claim(folder, to_dict(experiment))
+    bench = Workbench(experiment)
+    start = begin(bench, experiment)
+    print(f"trainable parameters\n{start.method.count(bench.params)}", flush=True)
+    layout = training.shardings_of(start.state) if bench.mesh is not None else None
+    step = training.make_step(
+        bench.loss, start.method, start.tx,
+        accumulate=t.accumulate, mesh=bench.mesh, state_shardings=layout,
+    )  # fmt: skip
+
+    def variables(state: training.State) -> Any:
+        return start.method.combine(start.frozen, state.trainable, numbers=state.numbers)
+
+    def evaluate(_: Any, state: training.State) -> dict[str, float]:
+        return bench.evaluate(variables(state))[0]
+
+    with open_checkpoints(folder, bench) as checkpoints:
+        fitted = training.fit(
+            step, start.frozen, start.state, bench.batches(experiment.data.seed), steps=t.steps,
+            workdir=folder, checkpoints=checkpoints, evaluate=evaluate if t.eval_every else None,
+            eval_every=t.eval_every, save_every=t.save_every, log_every=t.log_every,
+            mesh=bench.mesh, progress=progress,
+        )  # fmt: skip
+        state, best = fitted.state, checkpoints.best
+        if t.keep == "best":
+            state = checkpoints.restore(state, best).state
+    adapted = variables(state)
+    metrics, predictions = bench.evaluate(adapted)
+    print("adapted model:", ", ".join(f"{n} {v:.3f}" for n, v in metrics.items()), flush=True)
+    metrics |= bench.general_loss(adapted)
+    base_metrics, base_predictions = evaluate_base(bench)
+    show(bench, predictions, base_predictions)
+    return finish(
+        bench, experiment, start.method, folder, state.trainable,
+        metrics={**metrics, **base_metrics},
+        extra={
+            "tokens_per_second": fitted.tokens_per_second,
+            "seconds": time.perf_counter() - began,
+            "best_step": best,
+        },
+    )  # fmt: skip
+
+
+def open_checkpoints(folder: Path, bench: Workbench) -> training.Checkpoints:
+    """The checkpoints of a workdir; the best one by the task's principal metric."""
+    mode = "max" if bench.task.higher_is_better else "min"
+    return training.Checkpoints(folder / "checkpoints", metric=bench.task.principal, mode=mode)
+
+
+def evaluate_base(bench: Workbench) -> tuple[dict[str, float], Any]:
+    """The base model's metrics, `base_*`, as far as the config asks for them."""
+    metrics, predictions = bench.evaluate_base()
+    general = bench.general_loss({"params": bench.params})
+    return metrics | {f"base_{name}": value for name, value in general.items()}, predictions
+
+
+def finish(
+    bench: Workbench,
+    experiment: Experiment,
+    method: Any,
+    folder: Path,
+    trainable: Any,
+    *,
+    metrics: dict[str, float],
+    extra: dict[str, Any],
+) -> dict[str, Any]:
+    """Writes the adapter and then the result, which marks the workdir as finished."""
+    pretrained.save_adapter(
+        folder / "adapter", bench.model, method, trainable, params=bench.params,
+        base_name=experiment.model.source,
+    )  # fmt: skip
+    result = {
+        "status": "finished",
+        "metrics": metrics,
+        "trainable_params": method.count(bench.params).total,
+        "total_params": sum(int(np.prod(x.shape)) for x in jax.tree.leaves(bench.params)),
+        "peak_memory_bytes": peak_memory_bytes(),
+        **extra,
+        "base_sha256": pretrained.base_sha256(experiment.model.source),
+        "data": {"name": describe(experiment.data.source), "fingerprint": bench.fingerprint},
+        "seed": experiment.seed,
+        "config": to_dict(experiment),
+        **environment(),
+    }
+    write_json(folder / RESULT, result)
+    return result
+
+
+def describe(source: Any) -> str:
+    """A source in words: its class and the fields that choose the data."""
+    fields = {f.name: getattr(source, f.name) for f in dataclasses.fields(source)}
+    return f"{type(source).__name__}({', '.join(f'{k}={v!r}' for k, v in fields.items() if v)})"
+
+
+def peak_memory_bytes() -> int:
+    """Of the accelerator where it says so, else of this process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def show(bench: Workbench, predictions: Any, base_predictions: Any) -> None:
+    """Some answers side by side; nothing for a classification."""
+    if bench.task.head != "lm" or bench.by_loss:
+        return
+    for i, record in enumerate(bench.validation_records[: bench.experiment.evaluation.show]):
+        base = f"   base: {base_predictions[i]}" if i < len(base_predictions) else ""
+        wanted = bench.task.references(record)[0]
+        prompt = bench.task.prompt(record, bench.tokenizer)
+        print(f"{prompt}   wanted: {wanted}   adapted: {predictions[i]}{base}")
+
+
+def claim(folder: Path, config: dict[str, Any]) -> None:
+    """Makes the workdir, or checks that it is an unfinished one of this very config."""
+    if (folder / RESULT).exists():
+        raise UserError(f"{folder} holds a finished run: choose another --workdir or remove it")
+    path = folder / "config.json"
+    if path.exists():
+        if json.loads(path.read_text()) != json.loads(json.dumps(config)):
+            raise UserError(f"{folder} was begun with another config: choose another --workdir")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, config)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Atomically: a reader sees the old file or the whole new one."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=2) + "\n")
+    part.replace(path)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device and git commit: what a number depends on besides its config."""
+    names = ("lora-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"],
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return {
+        "versions": {n: importlib.metadata.version(n) for n in names},
+        "python": platform.python_version(),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "git_commit": commit.stdout.strip() or None,
+    }
+
+
+def load_run(workdir: str | Path) -> tuple[Workbench, Any, Any]:
+    """(workbench, method, trainable) of a finished workdir."""
+    folder = Path(workdir)
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} is no workdir: it has no config.json")
+    if not (folder / RESULT).exists():
+        raise UserError(f"{folder} holds no result yet: finish `lora-jax run` first")
+    status = json.loads((folder / RESULT).read_text()).get("status", "finished")
+    if status != "finished":
+        raise UserError(f"{folder} holds no adapter: {status}")
+    bench = Workbench(from_dict(json.loads((folder / "config.json").read_text())))
+    method, trainable = pretrained.load_adapter(folder / "adapter", bench.model, bench.params)
+    return bench, method, trainable

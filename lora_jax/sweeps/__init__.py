@@ -1,0 +1,1 @@
+"""Sweeps: a grid of members, packed into few compiled programs. See `sweep.sweep`."""

@@ -1,0 +1,197 @@
+"""One slot's bookkeeping: the member it holds, its workdir, its place in the data, its logs."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax.experiment import to_dict
+from lora_jax.runs import (
+    RESULT,
+    Start,
+    begin,
+    claim,
+    environment,
+    finish,
+    open_checkpoints,
+    write_json,
+)
+from lora_jax.sweeps.grid import Member
+from lora_jax.training import State
+from lora_jax.training.loop import real_tokens
+from lora_jax.training.reports import Reporter
+from lora_jax.workbench import Batch, Workbench
+
+
+class Cursor:
+    """A place in the data of one seed, shared by the slots that are at the same place."""
+
+    def __init__(self, bench: Workbench, seed: int, step: int, saved: str | None):
+        self.seed, self.step = seed, step
+        self._iterator = bench.batches(seed)
+        if saved is not None:
+            self._iterator.set_state(json.loads(saved))
+        self.batch: Batch = {}
+        self.tokens = 0
+
+    def advance(self) -> None:
+        self.batch = next(self._iterator)
+        self.tokens = real_tokens(self.batch)
+        self.step += 1
+
+    def place(self) -> str:
+        return json.dumps(self._iterator.get_state())
+
+
+def cursor_for(
+    cursors: Iterable[Cursor], bench: Workbench, seed: int, step: int, saved: str | None
+) -> Cursor:
+    """One of `cursors` that is at this place, or a new one."""
+    for cursor in cursors:
+        if (cursor.seed, cursor.step) == (seed, step):
+            return cursor
+    return Cursor(bench, seed, step, saved)
+
+
+class Slot:
+    """A member in training. Its workdir is that of an ordinary run.
+
+    Attributes:
+      own: abstract state of the member alone, without padding: what its checkpoints hold.
+      step: updates done.
+    """
+
+    def __init__(self, bench: Workbench, member: Member, folder: Path, cursors: Iterable[Cursor]):
+        self.bench, self.member, self.folder = bench, member, folder
+        self.experiment = member.experiment
+        claim(folder, to_dict(self.experiment))
+        self.start: Start = begin(bench, self.experiment)
+        state = self.start.state
+        self.own = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+        )
+        self.checkpoints = open_checkpoints(folder, bench)
+        self.step, saved = 0, None
+        if self.checkpoints.latest is not None:
+            restored = self.checkpoints.restore(state)
+            state, self.step, saved = restored.state, restored.step, restored.data
+        self._state: State | None = state
+        self.cursor = cursor_for(cursors, bench, self.experiment.data.seed, self.step, saved)
+        steps = self.experiment.training.steps
+        self.reporter = Reporter(folder, start=self.step, steps=steps, progress=False)
+        self.diverged_at: int | None = None
+        self._began = self._since = time.perf_counter()
+        self._rows: list[dict[str, float]] = []
+        self._tokens = self._all_tokens = 0
+        self._seconds = 0.0
+
+    # What is due after the step just done.
+
+    @property
+    def last(self) -> bool:
+        return self.step >= self.experiment.training.steps
+
+    def due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    @property
+    def evaluating(self) -> bool:
+        return self.due(self.experiment.training.eval_every) or self.last
+
+    @property
+    def saving(self) -> bool:
+        return self.evaluating or self.due(self.experiment.training.save_every)
+
+    @property
+    def logging(self) -> bool:
+        return self.saving or self.due(self.experiment.training.log_every)
+
+    # Logs.
+
+    def took(self) -> None:
+        """A step was begun with the cursor's batch."""
+        self.step += 1
+        self._tokens += self.cursor.tokens
+
+    def note(self, step: int, values: Mapping[str, float]) -> None:
+        """The metrics of one step, in order of steps."""
+        self._rows.append({k: float(v) for k, v in values.items()})
+        finite = values["finite"] and math.isfinite(values["loss"])
+        if not finite and self.diverged_at is None:
+            self.diverged_at = step
+
+    def log(self) -> None:
+        """One line of the steps since the last: the loss averaged over their tokens."""
+        if not self._rows:
+            return
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        weights = np.array([row["tokens"] for row in self._rows])
+        losses = np.array([row["loss"] for row in self._rows])
+        line = {k: v for k, v in self._rows[-1].items() if k not in ("finite", "penalty")}
+        line["loss"] = float((losses * weights).sum() / max(weights.sum(), 1e-9))
+        line["tokens"] = float(weights.sum())
+        line["tokens_per_second"] = self._tokens / max(seconds, 1e-9)
+        if math.isfinite(line["loss"]):
+            self.reporter.log(self.step, line)
+        self._all_tokens += self._tokens
+        self._seconds += seconds
+        self._rows, self._tokens = [], 0
+
+    # State.
+
+    def take_state(self) -> State:
+        """The state to begin with, once: from then on the pack holds it."""
+        state, self._state = self._state, None
+        assert state is not None
+        return state
+
+    def save(self, state: State, metrics: Mapping[str, float] | None) -> None:
+        """A checkpoint of the member alone: any pack, or a single run, can go on from it."""
+        self.checkpoints.save(self.step, state, data=self.cursor.place(), metrics=metrics)
+
+    def best(self) -> State:
+        """The state of the best evaluation."""
+        return self.checkpoints.restore(self.own, self.checkpoints.best).state
+
+    def finish(
+        self, trainable: Any, metrics: dict[str, float], extra: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Writes adapter and result: the workdir is an ordinary finished run."""
+        self.close()
+        speed = self._all_tokens / self._seconds if self._seconds else 0.0
+        return finish(
+            self.bench, self.experiment, self.start.method, self.folder, trainable,
+            metrics=metrics,
+            extra={
+                "tokens_per_second": speed,
+                "seconds": time.perf_counter() - self._began,
+                **extra,
+            },
+        )  # fmt: skip
+
+    def abandon(self, status: str, metrics: dict[str, float]) -> dict[str, Any]:
+        """Ends a member without an adapter: it diverged, or a search stopped it."""
+        self.close()
+        result = {
+            "status": status,
+            "metrics": metrics,
+            "seconds": time.perf_counter() - self._began,
+            "seed": self.experiment.seed,
+            "config": to_dict(self.experiment),
+            **environment(),
+        }
+        write_json(self.folder / RESULT, result)
+        return result
+
+    def close(self) -> None:
+        self.checkpoints.wait()
+        self.checkpoints.close()
+        self.reporter.__exit__(None, None, None)

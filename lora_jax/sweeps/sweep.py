@@ -1,0 +1,331 @@
+"""A sweep from a config file to a table: grid, packs, one program each, results.
+
+The workdir holds `sweep.json` (what was asked), `members/<name>/` (each an ordinary workdir),
+`results.csv` (grows as members finish), plots, `report.html`, and `result.json` at the end. The
+same command continues an interrupted sweep; a larger grid in the same workdir runs what is new.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lora_jax import config as configs
+from lora_jax import training
+from lora_jax.errors import UserError
+from lora_jax.experiment import from_dict, to_dict
+from lora_jax.plan import device_bytes, device_memory
+from lora_jax.runs import RESULT, begin, environment, evaluate_base, write_json
+from lora_jax.sweeps import grid, pack, planner, report, search
+from lora_jax.sweeps.grid import Member
+from lora_jax.sweeps.train import Done, Trainer
+from lora_jax.workbench import Workbench
+
+Mode = Literal["auto", "packed", "serial"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a sweep is run; none of these changes a member's numbers beyond rounding.
+
+    Attributes:
+      generators: names of `sweep_*` to use; (): all.
+      random: try so many combinations of the grid at random; None: all of them.
+      halving: (first rung in updates, eta); None: no member is stopped early.
+      optuna: trials that Optuna chooses from the grid; None: off.
+      seed: of random and Optuna search.
+      mode: all members of a pack at once ("packed"), one after another through one program
+        ("serial"), or what a short probe finds faster ("auto").
+      slots: most members at once; None: as many as fit in memory.
+      memory: bytes a pack may use on a device; None: what the device has.
+      compile_seconds: cost of one more program, for cutting packs.
+      dry: plan and print only.
+    """
+
+    generators: tuple[str, ...] = ()
+    random: int | None = None
+    halving: tuple[int, int] | None = None
+    optuna: int | None = None
+    seed: int = 0
+    mode: Mode = "auto"
+    slots: int | None = None
+    memory: int | None = None
+    compile_seconds: float = planner.COMPILE_SECONDS
+    dry: bool = False
+
+
+def sweep(
+    spec: str,
+    workdir: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    options: Options = Options(),
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Trains the members of `spec`'s grid; returns what `result.json` holds."""
+    return Sweep(spec, Path(workdir), overrides, options, progress).run()
+
+
+@dataclasses.dataclass
+class Prepared:
+    """A pack that is ready to train: its program, and what is expected of it."""
+
+    plan: planner.PackPlan
+    program: pack.Program
+    mode: str
+    compiled: int
+    seconds: float
+
+
+class Sweep:
+    """See `sweep`."""
+
+    def __init__(
+        self, spec: str, workdir: Path, overrides: Sequence[str], options: Options, progress: bool
+    ):
+        self.workdir, self.options, self.progress = workdir, options, progress
+        base = to_dict(from_dict(configs.load_file(spec), overrides))
+        self.sweeps = grid.generators(spec, options.generators)
+        combos = grid.cross(self.sweeps)
+        if options.random is not None:
+            combos = grid.sample(combos, options.random, options.seed)
+        self.grid = grid.members(base, combos)
+        self.members = grid.unique(self.grid)
+        self.keys = sorted({key for combo in combos for key in combo})
+        self._benches: dict[str, Workbench] = {}
+
+    @property
+    def folder(self) -> Path:
+        return self.workdir / "members"
+
+    @functools.cached_property
+    def task(self) -> Any:
+        return self.members[0].experiment.data.task
+
+    def run(self) -> dict[str, Any]:
+        began = time.perf_counter()
+        todo = [m for m in self.members if search.result(self.folder, m) is None]
+        print(f"{len(self.members)} members, {len(todo)} to run", flush=True)
+        stopper = self._halving()
+        plans = self._plan(todo)
+        ready = [self._prepare(p) for p in plans]
+        if self.options.dry:
+            return self._summary(ready, began, dry=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for one in ready:
+            self._train(one, stopper)
+        return self._close(self._summary(ready, began))
+
+    # Planning.
+
+    def _halving(self) -> search.Halving | None:
+        if self.options.halving is None:
+            return None
+        first, eta = self.options.halving
+        found = search.Halving(first, eta, self.task.higher_is_better)
+        found.check(self.members)
+        found.recall(self.members, self.folder, self.task.principal)
+        return found
+
+    def bench(self, member: Member) -> Workbench:
+        """The workbench of all members with this model, task, evaluation and mesh."""
+        config = to_dict(member.experiment)
+        shared = {k: config[k] for k in ("model", "data", "evaluation", "mesh", "training")}
+        shared["data"]["seed"] = shared["training"]["dropout_seed"] = None
+        shared["training"]["start_from"] = None
+        key = json.dumps(shared, sort_keys=True)
+        if key not in self._benches:
+            self._benches[key] = Workbench(member.experiment)
+        return self._benches[key]
+
+    def shapes(self, member: Member) -> Any:
+        params = self.bench(member).params
+        return jax.eval_shape(lambda: member.experiment.method.init(jax.random.key(0), params))
+
+    def _plan(self, members: list[Member]) -> list[planner.PackPlan]:
+        if not members:
+            return []
+        o = self.options
+        plans = planner.plan(
+            members, self.shapes, flops_per_second=matmul_speed(),
+            # Optuna suggests from the whole grid: one program must hold all of it.
+            compile_seconds=o.compile_seconds if o.optuna is None else math.inf,
+        )  # fmt: skip
+        if o.optuna is not None and len(plans) > 1:
+            raise UserError(
+                f"Optuna searches one program, and this grid has {len(plans)} structures: vary "
+                "numbers only"
+            )
+        return plans
+
+    def _prepare(self, plan: planner.PackPlan) -> Prepared:
+        """Compiles a pack's program with one and two slots, and chooses slots and mode."""
+        members = plan.members
+        bench = self.bench(members[0])
+        start = begin(bench, members[0].experiment)
+        numbers = [m.experiment.method.numbers(bench.params) for m in members]
+        like = pack.hull_state(start.method, start.tx, [self.shapes(m) for m in members], numbers)
+        axis = 1 if bench.mesh is None else bench.mesh.shape["sweep"]
+
+        def program(slots: int) -> pack.Program:
+            return pack.Program(bench, start, pack.Shape(like, slots), chunk=eval_chunk(slots))
+
+        if self.options.mode == "serial" or len(members) <= axis:
+            one = self._fits(program(axis), plan, bench, axis)
+            return self._prepared(plan, one, "serial", one.seconds_a_step())
+        wanted = min(len(members), self.options.slots or len(members))
+        many = self._fits(program(-(-wanted // axis) * axis), plan, bench, axis)
+        together = many.seconds_a_step()
+        if self.options.mode == "packed" or many.shape.slots == axis:
+            return self._prepared(plan, many, "packed", together)
+        one = program(axis)
+        alone = one.seconds_a_step()
+        if alone * many.shape.slots <= together * axis:
+            return self._prepared(plan, one, "serial", alone, compiled=2)
+        return self._prepared(plan, many, "packed", together, compiled=2)
+
+    def _fits(
+        self, program: pack.Program, plan: planner.PackPlan, bench: Workbench, axis: int
+    ) -> pack.Program:
+        """The program, or one with fewer slots that fits in memory."""
+        limit = self.options.memory or memory_bytes(bench)
+        while (need := program.bytes()) > limit:
+            slots = program.shape.slots
+            fewer = planner.fewer_slots(
+                slots, len(plan.members), fixed=device_bytes(program.frozen), need=need,
+                limit=limit, axis=axis,
+            )  # fmt: skip
+            if slots == axis or fewer >= slots:
+                raise UserError(
+                    f"a pack of {slots} needs {need / 2**30:.2f} GiB on a device and "
+                    f"{limit / 2**30:.2f} are "
+                    "there: use a smaller batch, remat, or a mesh with fsdp"
+                )
+            program = program.with_slots(fewer)
+        return program
+
+    def _prepared(
+        self,
+        plan: planner.PackPlan,
+        program: pack.Program,
+        mode: str,
+        seconds: float,
+        compiled: int = 1,
+    ) -> Prepared:
+        slots = program.shape.slots
+        rounds = -(-len(plan.members) // slots)
+        expected = seconds * plan.members[0].experiment.training.steps * rounds
+        print(
+            f"pack of {len(plan.members)} members: {mode}, {slots} at a time, "
+            f"{plan.params:,} parameters each ({plan.padding:.0%} padding), "
+            f"{program.bytes() / 2**30:.2f} GiB, about {expected:.0f} s of training",
+            flush=True,
+        )
+        return Prepared(plan, program, mode, compiled, expected)
+
+    # Training.
+
+    def _train(self, one: Prepared, stopper: search.Halving | None) -> None:
+        bench = one.program.bench
+        base, _ = evaluate_base(bench)
+        members, done = self._chosen(one)
+        total = sum(m.experiment.training.steps for m in one.plan.members)
+        with Progress(
+            TextColumn("{task.fields[note]}"), BarColumn(bar_width=None), MofNCompleteColumn(),
+            TextColumn("steps"), TimeRemainingColumn(), disable=not self.progress,
+        ) as bar:  # fmt: skip
+            line = bar.add_task("pack", total=total, note=f"{len(one.plan.members)} members")
+            Trainer(
+                one.program, members, folder=lambda m: self.folder / m.name, base=base,
+                done=done, stopper=stopper, progress=lambda n: bar.advance(line, n),
+            ).run()  # fmt: skip
+
+    def _chosen(self, one: Prepared) -> tuple[Iterable[Member], Done]:
+        """The pack's members in the order to train them, and who is told of their results."""
+        o = self.options
+        if o.optuna is None:
+            return one.plan.members, self._finished
+        if o.random is not None:
+            raise UserError("random search and Optuna exclude each other")
+        sizes = {name: len(overrides) for name, overrides in self.sweeps.items()}
+        places = itertools.product(*map(range, sizes.values()))
+        metric = self.task.principal
+        known = {m.name: search.result(self.folder, m) for m in self.members}
+        study = search.Optuna(
+            dict(zip(places, self.grid, strict=True)), sizes,
+            known={n: r["metrics"].get(metric) for n, r in known.items() if r is not None},
+            trials=o.optuna, seed=o.seed, metric=metric,
+            higher_is_better=self.task.higher_is_better,
+        )  # fmt: skip
+
+        def done(member: Member, result: dict[str, Any]) -> None:
+            self._finished(member, result)
+            study.done(member, result)
+
+        return study, done
+
+    def _finished(self, member: Member, result: dict[str, Any]) -> None:
+        status = result.get("status", "finished")
+        if status != "finished":
+            print(f"{member.name} {member.overrides}: {status}", flush=True)
+        report.write_csv(report.table(self.members, self.folder), self.workdir / report.CSV)
+
+    # Results.
+
+    def _summary(
+        self, ready: Sequence[Prepared], began: float, dry: bool = False
+    ) -> dict[str, Any]:
+        return {
+            "members": len(self.members),
+            "packs": len(ready),
+            "programs_compiled": sum(r.compiled for r in ready),
+            "modes": [r.mode for r in ready],
+            "expected_seconds": sum(r.seconds for r in ready),
+            "seconds": time.perf_counter() - began,
+            "dry": dry,
+            **environment(),
+        }
+
+    def _close(self, result: dict[str, Any]) -> dict[str, Any]:
+        frame = report.table(self.members, self.folder)
+        report.write_csv(frame, self.workdir / report.CSV)
+        images = report.plots(frame, self.keys, self.task.principal, self.workdir)
+        report.write_html(frame, images, result, self.workdir / "report.html")
+        write_json(self.workdir / RESULT, result)
+        print(frame.to_string(index=False))
+        return result
+
+
+def eval_chunk(slots: int) -> int:
+    """Slots evaluated together: a CPU is busy with one, an accelerator is not."""
+    return 1 if jax.default_backend() == "cpu" else min(slots, 8)
+
+
+def memory_bytes(bench: Workbench) -> int:
+    """What a pack may use of a device's (or, on a CPU, this host's) memory: 80 %."""
+    mesh = bench.mesh or training.make_mesh()
+    return int(device_memory(mesh, None) * 0.8)
+
+
+@functools.cache
+def matmul_speed(size: int = 1024) -> float:
+    """FLOPs a second of a float32 matrix product on this device."""
+    x = jnp.ones((size, size))
+    run = jax.jit(lambda a: a @ a)
+    run(x).block_until_ready()
+    began = time.perf_counter()
+    for _ in range(3):
+        x = run(x) / size
+    x.block_until_ready()
+    return 3 * 2 * size**3 / (time.perf_counter() - began)

@@ -1,0 +1,212 @@
+"""The loop over a pack: steps, logs, evaluations, checkpoints, and members in and out of slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax.sweeps import padding
+from lora_jax.sweeps.grid import Member
+from lora_jax.sweeps.pack import Program
+from lora_jax.sweeps.slots import Slot
+from lora_jax.training import Interrupted, State, Terminated
+from lora_jax.workbench import mean_of
+
+Stopper = Callable[[list[tuple[Member, int, float]]], list[str | None]]
+"""[(member, updates done, principal metric)] evaluated at one time -> for each, why it stops here;
+None: it goes on."""
+Done = Callable[[Member, dict[str, Any]], None]
+
+
+class Trainer:
+    """Trains members through the slots of one program, in their order.
+
+    Args:
+      program: compiled once; members come and go.
+      folder: of a member's workdir.
+      done: told of each member's result as soon as it is written.
+      base: metrics of the base model, which every member's result repeats.
+      stopper: of a search; asked at each evaluation but the last.
+      progress: told after each step, with the number of live slots.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        members: Iterable[Member],
+        *,
+        folder: Callable[[Member], Path],
+        done: Done,
+        base: dict[str, float],
+        stopper: Stopper | None = None,
+        progress: Callable[[int], None] = lambda live: None,
+    ):
+        self.program, self.bench = program, program.bench
+        # Pulled one by one as slots become free: a search may decide late.
+        self._waiting = iter(members)
+        self._folder, self._done, self._base = folder, done, base
+        self._stopper, self._progress = stopper, progress
+        self._slots: list[Slot | None] = [None] * program.shape.slots
+        self._states = program.empty()
+        self._pending: list[tuple[dict[int, int], dict[str, jax.Array]]] = []
+
+    def run(self) -> None:
+        """Until every member has a result. SIGTERM saves all slots and raises Interrupted."""
+        try:
+            with Terminated() as terminated:
+                self._fill()
+                while self._live():
+                    self._step()
+                    self._attend()
+                    self._fill()
+                    if terminated.seen and self._live():
+                        self._interrupt()
+        finally:
+            for index in self._live():
+                self._at(index).close()
+
+    def _live(self) -> list[int]:
+        return [i for i, slot in enumerate(self._slots) if slot is not None]
+
+    def _at(self, index: int) -> Slot:
+        slot = self._slots[index]
+        assert slot is not None
+        return slot
+
+    def _fill(self) -> None:
+        for index in range(len(self._slots)):
+            while self._slots[index] is None:
+                member = next(self._waiting, None)
+                if member is None:
+                    return
+                self._enter(index, member)
+
+    def _enter(self, index: int, member: Member) -> None:
+        cursors = [self._at(i).cursor for i in self._live()]
+        slot = Slot(self.bench, member, self._folder(member), cursors)
+        self._slots[index] = slot
+        padded = padding.pad(slot.take_state(), self.program.shape.state)
+        self._states = self.program.put(self._states, index, padded)
+        if slot.last:  # killed after its last checkpoint, before its result
+            self._end([index])
+
+    def _step(self) -> None:
+        live = self._live()
+        for cursor in {id(self._at(i).cursor): self._at(i).cursor for i in live}.values():
+            cursor.advance()
+        filler = self._at(live[0]).cursor.batch
+        held = [filler if slot is None else slot.cursor.batch for slot in self._slots]
+        batches = {name: np.stack([batch[name] for batch in held]) for name in filler}
+        mask = np.array([slot is not None and slot.diverged_at is None for slot in self._slots])
+        self._states, metrics = self.program.compiled(
+            self.program.frozen, self._states, self.program.place_batches(batches), mask
+        )
+        for index in live:
+            self._at(index).took()
+        self._pending.append(({i: self._at(i).step for i in live}, metrics))
+        self._progress(len(live))
+
+    def _attend(self) -> None:
+        """Whatever is due after a step."""
+        live = self._live()
+        if any(self._at(i).logging for i in live):
+            self._read()
+        for index in live:
+            slot = self._at(index)
+            if slot.logging:
+                slot.log()
+            if slot.diverged_at is not None:
+                reason = f"diverged: loss or gradient not finite at step {slot.diverged_at}"
+                self._free(index, slot.abandon(reason, {}))
+        live = self._live()
+        due = [i for i in live if self._at(i).evaluating and not self._at(i).last]
+        due = [i for i in due if self._at(i).experiment.training.eval_every]
+        self._judge(due, self._evaluate(due))
+        for index in live:
+            held = self._slots[index]
+            if held is not None and held.saving and not held.last and index not in due:
+                held.save(self._own(index), None)
+        self._end([i for i in live if self._slots[i] is not None and self._at(i).last])
+
+    def _judge(self, indices: list[int], found: list[dict[str, float]]) -> None:
+        """Logs and saves evaluated slots, and frees those that the search stops."""
+        for index, metrics in zip(indices, found, strict=True):
+            slot = self._at(index)
+            slot.reporter.log(slot.step, {f"eval/{n}": v for n, v in metrics.items()})
+            slot.save(self._own(index), metrics)
+        if self._stopper is None or not indices:
+            return
+        slots = [self._at(i) for i in indices]
+        principal = self.bench.task.principal
+        values = [(s.member, s.step, m[principal]) for s, m in zip(slots, found, strict=True)]
+        reasons = self._stopper(values)
+        for index, metrics, reason in zip(indices, found, reasons, strict=True):
+            if reason is not None:
+                self._free(index, self._at(index).abandon(reason, metrics))
+
+    def _read(self) -> None:
+        """Hands the metrics of the steps since the last time to their slots."""
+        for steps, metrics in jax.device_get(self._pending):
+            for index, step in steps.items():
+                self._at(index).note(step, {name: x[index] for name, x in metrics.items()})
+        self._pending = []
+
+    def _own(self, index: int) -> State:
+        """A slot's state without padding."""
+        return padding.cut(padding.take(self._states, index), self._at(index).own)
+
+    def _evaluate(self, indices: list[int]) -> list[dict[str, float]]:
+        bench = self.bench
+        outputs = self.program.outputs(
+            bench.output, self._states, indices, bench.evaluation_batches
+        )
+        return [bench.score(bench.predictions(out)) for out in outputs]
+
+    def _end(self, indices: list[int]) -> None:
+        """Evaluates, saves and frees slots whose members are done."""
+        if not indices:
+            return
+        found = self._evaluate(indices)
+        for index, metrics in zip(indices, found, strict=True):
+            slot = self._at(index)
+            slot.reporter.log(slot.step, {f"eval/{n}": v for n, v in metrics.items()})
+            slot.save(self._own(index), metrics)
+        best = [i for i in indices if self._at(i).experiment.training.keep == "best"]
+        for index in best:
+            kept = padding.pad(self._at(index).best(), self.program.shape.state)
+            self._states = self.program.put(self._states, index, kept)
+        again = dict(zip(best, self._evaluate(best), strict=True))
+        general = self._general(indices)
+        for index, metrics, forgot in zip(indices, found, general, strict=True):
+            slot = self._at(index)
+            state = self._own(index)
+            extra = {"slots": self.program.shape.slots, "best_step": slot.checkpoints.best}
+            metrics = {**again.get(index, metrics), **forgot, **self._base}
+            self._free(index, slot.finish(state.trainable, metrics, extra))
+
+    def _general(self, indices: list[int]) -> list[dict[str, float]]:
+        bench = self.bench
+        if not bench.general_batches:
+            return [{} for _ in indices]
+        sums = self.program.outputs(bench.loss_sums, self._states, indices, bench.general_batches)
+        return [{"general_loss": mean_of(out)} for out in sums]
+
+    def _free(self, index: int, result: dict[str, Any]) -> None:
+        member = self._at(index).member
+        self._slots[index] = None
+        self._done(member, result)
+
+    def _interrupt(self) -> None:
+        self._read()
+        where, step = None, 0
+        for index in self._live():
+            slot = self._at(index)
+            slot.log()
+            if slot.diverged_at is None:
+                slot.save(self._own(index), None)
+            where, step = slot.folder, slot.step
+        raise Interrupted(step, where)

@@ -1,0 +1,306 @@
+"""What the runs on one base model and one task share: weights, tokenizer, records, loss, scores.
+
+A single run has a workbench of its own; the members of a sweep work on one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax import pretrained, training
+from lora_jax.data import loader
+from lora_jax.data.tasks.text import Text
+from lora_jax.errors import UserError
+from lora_jax.experiment import Experiment
+from lora_jax.tensors import adapt
+from lora_jax.training import decoding, evaluation, loss, prompts
+
+Batch = dict[str, Any]
+
+
+class Workbench:
+    """Reads only `model`, `data`, `evaluation`, `mesh` and the loss's settings of the experiment.
+
+    Args:
+      experiment: of any of the runs.
+      mesh: in place of the experiment's own (a pack's has a sweep axis).
+    """
+
+    def __init__(self, experiment: Experiment, mesh: Any = None):
+        self.experiment = experiment
+        wanted = experiment.mesh
+        self.mesh = mesh or (training.make_mesh(wanted) if wanted.devices > 1 else None)
+        self.task = experiment.data.task
+        # A task of running text has nothing to answer: it is scored by its loss.
+        self.by_loss = self.task.principal == "loss"
+        if (self.task.head != "lm" or self.by_loss) and experiment.evaluation.base_shots:
+            raise UserError("evaluation.base_shots needs a task with prompts and answers")
+
+    # Model.
+
+    @functools.cached_property
+    def loaded(self) -> tuple[Any, Any]:
+        m = self.experiment.model
+        if m.shape is not None:
+            raise UserError("model.shape has no weights to train: set model.source instead")
+        head = {} if self.task.head == "lm" else {"num_labels": self.task.num_labels}
+        placed: dict[str, Any] = {}
+        if self.mesh is not None:
+            shardings = training.load_shardings(self.mesh, self.sharding_rules)
+            placed = {"mesh": self.mesh, "shardings": shardings}
+        return pretrained.load_pretrained(
+            m.source,
+            dtype=m.dtype,
+            compute_dtype=m.compute_dtype,
+            remat=m.remat,
+            unroll=m.unroll,
+            head=self.task.head,
+            head_seed=m.head_seed,
+            **head,
+            **placed,
+        )
+
+    @property
+    def sharding_rules(self) -> Any:
+        """Ordered (regex, axes) of the experiment's mesh."""
+        return self.experiment.mesh.sharding_rules
+
+    @property
+    def model(self) -> Any:
+        return self.loaded[0]
+
+    @property
+    def params(self) -> Any:
+        return self.loaded[1]
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        return pretrained.load_tokenizer(self.experiment.model.source)
+
+    @functools.cached_property
+    def pad_id(self) -> int:
+        tokenizer = self.tokenizer
+        return next(i for i in (tokenizer.pad_id, tokenizer.eos_id, 0) if i is not None)
+
+    # Data.
+
+    @functools.cached_property
+    def train_records(self) -> Sequence[Any]:
+        return self.experiment.data.source.open()
+
+    @functools.cached_property
+    def validation_records(self) -> list[Any]:
+        d = self.experiment.data
+        records = dataclasses.replace(d.source, split=d.validation).open()
+        return list(self.task.evaluation_records(records))
+
+    @functools.cached_property
+    def train_examples(self) -> Any:
+        return self.task.examples(self.train_records, self.tokenizer)
+
+    def batches(self, seed: int) -> Any:
+        """Endless training batches in the order of `seed`; its place can be saved."""
+        d = self.experiment.data
+        common: dict[str, Any] = dict(
+            batch_size=d.batch_size, length=d.length, seed=seed, pad_id=self.pad_id,
+            too_long=d.too_long,
+        )  # fmt: skip
+        if self.task.head == "lm":
+            return loader.batches(self.train_examples, packing=d.packing, loss=d.loss, **common)
+        return loader.batches(self.train_examples, packing=False, buckets=d.buckets, **common)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Short hash of the training examples and of how they are batched."""
+        return self.batches(self.experiment.data.seed).fingerprint
+
+    # Loss.
+
+    def loss(self, variables: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """(sum of weighted losses, sum of weights) of the task's kind of loss."""
+        t = self.experiment.training
+        smooth: dict[str, Any] = {"label_smoothing": t.label_smoothing}
+        if self.task.head == "lm":
+            return loss.chunked_loss(self.model, variables, batch, chunk=t.chunk, **smooth)
+        if self.task.head == "classification":
+            return loss.classification_loss(self.model, variables, batch, **smooth)
+        return loss.regression_loss(self.model, variables, batch)
+
+    # Evaluation. `output` is pure, so that packs can map it over their members.
+
+    @functools.cached_property
+    def evaluation_batches(self) -> list[Batch]:
+        """The validation records as inputs of `output`, with the record of each row (`rows`)."""
+        e = self.experiment.evaluation
+        if self.by_loss:
+            d = self.experiment.data
+            opened = dataclasses.replace(d.source, split=d.validation).open()
+            return self._loss_batches(self.task.examples(opened, self.tokenizer))
+        records = self.validation_records
+        if self.task.head == "lm":
+            ids = [self.task.prompt_ids(r, self.tokenizer) for r in records]
+            return prompts.prompt_batches(ids, self.pad_id, batch_size=e.batch_size)
+        d = self.experiment.data
+        examples = self.task.examples(records, self.tokenizer)
+        return list(
+            loader.eval_batches(
+                examples, batch_size=e.batch_size, length=d.length, pad_id=self.pad_id,
+                buckets=d.buckets, too_long="truncate",
+            )
+        )  # fmt: skip
+
+    @functools.cached_property
+    def output(self) -> Callable[[Any, Batch], Any]:
+        """(variables, evaluation batch) -> new tokens int32 [B, N], logits float32 [B, C], or for
+        running text (sum of losses, tokens)."""
+        if self.by_loss:
+            return self.loss_sums
+        if self.task.head != "lm":
+            return functools.partial(evaluation.logits, self.model)
+        return functools.partial(self._decode, ends=self._ends(self.tokenizer.eos_id))
+
+    def _ends(self, eos_id: int | None) -> tuple[int, ...]:
+        return () if eos_id is None else (eos_id,)
+
+    def _decode(self, variables: Any, batch: Batch, ends: tuple[int, ...]) -> jax.Array:
+        e = self.experiment.evaluation
+        return decoding.decode(
+            self.model, variables, batch["tokens"], batch["padding"],
+            max_new_tokens=e.max_new_tokens, ends=ends, pad_id=self.pad_id,
+            num_beams=e.num_beams, length_penalty=e.length_penalty,
+            no_repeat_ngram_size=e.no_repeat_ngram_size,
+        )  # fmt: skip
+
+    def predictions(self, outputs: Sequence[np.ndarray]) -> Any:
+        """Answers list[str], or logits float32 [N, C], in the order of the validation records;
+        what `output` gave, for running text."""
+        if self.by_loss:
+            return list(outputs)
+        if self.task.head == "lm":
+            ids = prompts.collect(
+                self.evaluation_batches, outputs, self._ends(self.tokenizer.eos_id)
+            )
+            return [self.tokenizer.decode(x, skip_special_tokens=True).strip() for x in ids]
+        return evaluation.real_rows(self.evaluation_batches, outputs)
+
+    def score(self, predictions: Any) -> dict[str, float]:
+        """The task's metrics, the principal one first."""
+        if self.by_loss:
+            return {"loss": mean_of(predictions)}
+        found = self.task.metrics(predictions, self.validation_records)
+        return {name: float(value) for name, value in found.items()}
+
+    def evaluate(self, variables: Any) -> tuple[dict[str, float], Any]:
+        """(metrics, predictions) of one model on the validation records."""
+        run = self._jitted_output
+        outputs = [jax.device_get(run(variables, _arrays(b))) for b in self.evaluation_batches]
+        predictions = self.predictions(outputs)
+        return self.score(predictions), predictions
+
+    @functools.cached_property
+    def _jitted_output(self) -> Callable[..., jax.Array]:
+        return jax.jit(self.output)
+
+    def answers(self, variables: Any, prompts: Sequence[str]) -> list[str]:
+        """Continuations of some prompts."""
+        if self.task.head != "lm":
+            raise UserError("the run's model classifies: it has no continuations to generate")
+        e = self.experiment.evaluation
+        ids = training.generate(
+            self.model, variables, [self.tokenizer.encode(p) for p in prompts],
+            max_new_tokens=e.max_new_tokens, eos_id=self.tokenizer.eos_id, pad_id=self.pad_id,
+            num_beams=e.num_beams, length_penalty=e.length_penalty,
+            no_repeat_ngram_size=e.no_repeat_ngram_size, batch_size=e.batch_size,
+        )  # fmt: skip
+        return [self.tokenizer.decode(x, skip_special_tokens=True).strip() for x in ids]
+
+    def evaluate_base(self) -> tuple[dict[str, float], Any]:
+        """The base model with k examples in its prompt, on the same records; best k kept.
+
+        Metrics `base_*` and `base_shots`. The examples stand before every prompt in the training
+        format, drawn by `data.seed`; an answer ends with its line.
+        """
+        e = self.experiment.evaluation
+        picked = np.random.default_rng(self.experiment.data.seed).permutation(
+            len(self.train_records)
+        )
+        newline = self.tokenizer.encode("\n")[-1]
+        records = self.validation_records
+        asked = [self.task.prompt_ids(r, self.tokenizer) for r in records]
+        best: tuple[float, dict[str, float], Any] | None = None
+        for k in e.base_shots:
+            shots = [self.train_records[int(i)] for i in picked[:k]]
+            text = "".join(self._solved(r) + "\n" for r in shots)
+            ids = training.generate(
+                self.model, {"params": self.params}, asked,
+                prefix=self.tokenizer.encode(text) if text else (),
+                max_new_tokens=e.max_new_tokens, eos_id=newline, pad_id=self.pad_id,
+                batch_size=e.batch_size,
+            )  # fmt: skip
+            answers = [self.tokenizer.decode(x, skip_special_tokens=True).strip() for x in ids]
+            found = self.score(answers)
+            value = found[self.task.principal]
+            print(f"base model, {k} examples in the prompt: {self.task.principal} {value:.3f}")
+            cost = -value if self.task.higher_is_better else value
+            if best is None or cost < best[0]:
+                named = {f"base_{n}": v for n, v in found.items()}
+                best = cost, {**named, "base_shots": float(k)}, answers
+        return (best[1], best[2]) if best else ({}, [])
+
+    def _solved(self, record: Any) -> str:
+        t = self.tokenizer
+        return self.task.prompt(record, t) + self.task.completion(record, t)
+
+    # Forgetting.
+
+    @functools.cached_property
+    def general_batches(self) -> list[Batch]:
+        """Blocks of general text, every token a target; empty where none was asked for."""
+        e, d = self.experiment.evaluation, self.experiment.data
+        if e.forgetting is None:
+            return []
+        if self.task.head != "lm":
+            raise UserError("evaluation.forgetting needs a language model: its task classifies")
+        examples = Text(length=d.length).examples(e.forgetting.open(), self.tokenizer)
+        return self._loss_batches(examples[: e.forgetting_blocks])
+
+    def _loss_batches(self, examples: Any) -> list[Batch]:
+        d = self.experiment.data
+        options: dict[str, Any] = {"length": d.length, "pad_id": self.pad_id, "loss": "all"}
+        return list(loader.eval_batches(examples, batch_size=d.batch_size, **options))
+
+    def loss_sums(self, variables: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """(sum of losses, tokens) of one batch, every token a target; pure, like `output`."""
+        chunk = self.experiment.training.chunk
+        run = adapt(lambda v, b: loss.chunked_loss(self.model, v, b, chunk=chunk))
+        return run(variables, batch)
+
+    def general_loss(self, variables: Any) -> dict[str, float]:
+        """{"general_loss": nats a token} of one model, or nothing where no text was asked for."""
+        if not self.general_batches:
+            return {}
+        run = jax.jit(self.loss_sums)
+        sums = [run(variables, _arrays(b)) for b in self.general_batches]
+        return {"general_loss": mean_of(sums)}
+
+
+def mean_of(sums: Sequence[tuple[Any, Any]]) -> float:
+    """Nats a token from (sum of losses, tokens) of batches."""
+    total, tokens = (float(np.sum(column)) for column in zip(*sums, strict=True))
+    return total / tokens
+
+
+def _arrays(batch: Batch) -> Batch:
+    """What a program takes of a batch: which records its rows are stays on the host."""
+    return {name: value for name, value in batch.items() if name != "rows"}
+
+
+def endless(batches: Callable[[], Iterator[Batch]]) -> Iterator[Batch]:
+    """Opens the batches when the first is asked for."""
+    yield from batches()

@@ -1,0 +1,141 @@
+"""A sweep through the command line: packs, members that are ordinary runs, resuming, a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+
+from lora_jax import cli
+from lora_jax.sweeps import sweep
+
+GRID = """
+import json
+def get_config(arg=""):
+    return json.loads({config!r})
+def sweep_rank():
+    for rank in {ranks}:
+        yield {{"method.rank": rank, "method.alpha": 2.0 * rank}}
+def sweep_rate():
+    for rate in (1e-3, 1e-2):
+        yield {{"optimizer.learning_rate": rate}}
+"""
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def write(path, config, ranks):
+    path.write_text(GRID.format(config=json.dumps(config), ranks=ranks))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_config, tmp_path_factory):
+    """(folder of a finished sweep of four members, what the command printed, its config file)."""
+    folder = tmp_path_factory.mktemp("sweep")
+    config = tiny_config(training={"steps": 4, "log_every": 2, "save_every": 2})
+    file = write(folder / "grid.py", config, (1, 3))
+    status = cli.main(
+        ["sweep", file, "--workdir", str(folder / "s"), "--mode", "packed", "--quiet"]
+    )
+    assert status == 0
+    return folder, file
+
+
+def test_a_sweep_is_one_program(finished):
+    folder, _ = finished
+    result = json.loads((folder / "s" / "result.json").read_text())
+    assert (result["members"], result["packs"], result["programs_compiled"]) == (4, 1, 1)
+    assert result["seconds"] > 0
+    frame = pd.read_csv(folder / "s" / "results.csv")
+    assert sorted(frame["method.rank"]) == [1, 1, 3, 3]
+    assert set(frame["status"]) == {"finished"}
+    assert {"optimizer.learning_rate", "exact_match", "trainable_params"} <= set(frame.columns)
+    assert (folder / "s" / "report.html").exists()
+    assert list((folder / "s").glob("*.png"))
+
+
+def test_members_are_ordinary_runs_with_adapters_of_their_own_rank(finished, capsys):
+    folder, _ = finished
+    frame = pd.read_csv(folder / "s" / "results.csv")
+    for _, row in frame.iterrows():
+        member = folder / "s" / "members" / row["member"]
+        peft = json.loads((member / "adapter" / "adapter_config.json").read_text())
+        assert peft["r"] == row["method.rank"]
+    assert cli.main(["eval", str(member)]) == 0
+    assert json.loads(capsys.readouterr().out)["exact_match"] == row["exact_match"]
+
+
+def test_again_runs_nothing_and_a_larger_grid_what_is_new(finished, tiny_config, capsys):
+    folder, file = finished
+    command = ["sweep", file, "--workdir", str(folder / "s"), "--mode", "serial", "--quiet"]
+    assert cli.main(command) == 0
+    assert "4 members, 0 to run" in capsys.readouterr().out
+    config = tiny_config(training={"steps": 4, "log_every": 2, "save_every": 2})
+    write(folder / "grid.py", config, (1, 3, 2))
+    assert cli.main(command) == 0
+    assert "6 members, 2 to run" in capsys.readouterr().out
+    assert len(pd.read_csv(folder / "s" / "results.csv")) == 6
+
+
+def test_errors_name_the_nearest(finished, capsys):
+    _, file = finished
+    assert cli.main(["sweep", file, "--workdir", "unused", "--only", "rnak"]) == 2
+    assert "did you mean rank" in capsys.readouterr().err
+
+
+def test_memory_that_is_too_small_is_said(finished, tmp_path, capsys):
+    _, file = finished
+    command = ["sweep", file, "--workdir", str(tmp_path), "--memory", "1KiB", "--quiet"]
+    assert cli.main([*command, "--mode", "serial"]) == 2
+    assert "smaller batch" in capsys.readouterr().err
+
+
+def test_killed_sweeps_go_on_and_end_alike(tiny_config, tmp_path):
+    """kill -9 in the middle: the same command ends with the undisturbed sweep's numbers."""
+    config = tiny_config(training={"steps": 60, "log_every": 1, "save_every": 3})
+    file = write(tmp_path / "grid.py", config, (2,))
+    options = sweep.Options(mode="packed")
+    sweep.sweep(file, tmp_path / "whole", options=options, progress=False)
+    code = (
+        "import sys; from lora_jax.sweeps import sweep as s;"
+        f"s.sweep({file!r}, {str(tmp_path / 'cut')!r}, options=s.Options(mode='packed'),"
+        "progress=False)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], env=dict(os.environ))
+    saved = tmp_path / "cut" / "members"
+    while process.poll() is None and not list(saved.glob("*/checkpoints/[0-9]*")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "cut" / "result.json").exists()
+    sweep.sweep(file, tmp_path / "cut", options=options, progress=False)
+    whole, cut = (pd.read_csv(tmp_path / n / "results.csv") for n in ("whole", "cut"))
+    for name in whole["member"]:
+        lines = [losses(tmp_path / n / "members" / name) for n in ("whole", "cut")]
+        assert lines[0] == lines[1] and len(lines[0]) == 60
+    columns = ["member", "exact_match"]
+    pd.testing.assert_frame_equal(
+        whole[columns].sort_values("member", ignore_index=True),
+        cut[columns].sort_values("member", ignore_index=True),
+    )
+
+
+def test_optuna_suggests_members_of_one_pack(tiny_config, tmp_path):
+    pytest.importorskip("optuna")
+    file = write(tmp_path / "grid.py", tiny_config(training={"steps": 2}), (1, 2))
+    result = sweep.sweep(
+        file,
+        tmp_path / "s",
+        options=sweep.Options(mode="packed", slots=2, optuna=3),
+        progress=False,
+    )
+    assert result["packs"] == 1
+    assert 1 <= len(pd.read_csv(tmp_path / "s" / "results.csv")) <= 3

@@ -1,0 +1,164 @@
+"""Several devices against one, where arrays live, and loading straight into shards."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import PartitionSpec as P
+
+from lora_jax import partition
+from lora_jax.errors import UserError
+from lora_jax.methods import LoRA
+from lora_jax.pretrained import load_pretrained, save_pretrained
+from lora_jax.training import (
+    MeshConfig,
+    OptimizerConfig,
+    chunked_loss,
+    init_state,
+    load_shardings,
+    make_mesh,
+    make_optimizer,
+    make_step,
+    mesh,
+    place_batch,
+    shardings,
+    shardings_of,
+)
+
+LOSS = functools.partial(chunked_loss, tiny.MODEL, chunk=32)
+# A group, since the moments' shardings are found without running the optimizer's checks.
+TX = make_optimizer(
+    OptimizerConfig(learning_rate=1e-2, clip_norm=1.0, weight_decay=0.1, groups=((r"/b$", 2.0),)),
+    20,
+)
+
+
+def run(config, *, steps=4, method=tiny.METHOD, accumulate=1):
+    """(final state, history of metrics) on the mesh of `config`; None: no mesh at all."""
+    params = tiny.params()
+    frozen = method.dropped(params)
+    if config is None:
+        devices, layout = None, None
+        state = init_state(method, params, TX)
+    else:
+        devices = make_mesh(config, jax.devices()[: config.devices])
+        frozen = jax.device_put(frozen, shardings(frozen, devices))
+        state = init_state(method, params, TX, mesh=devices)
+        layout = shardings_of(state)
+    step = make_step(LOSS, method, TX, mesh=devices, state_shardings=layout, accumulate=accumulate)
+    history = []
+    for i in range(steps):
+        batch = tiny.batch(i)
+        batch = batch if devices is None else place_batch(batch, devices)
+        state, metrics = step(frozen, state, batch)
+        history.append({k: float(v) for k, v in metrics.items()})
+    if layout is not None:
+        assert shardings_of(state) == layout
+    return jax.device_get(state), history
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return run(None)
+
+
+@pytest.mark.parametrize(
+    ("config", "accumulate"),
+    [
+        (MeshConfig(), 1),
+        *[(MeshConfig(**{axis: n}), 1) for axis in ("data", "fsdp", "tensor") for n in (2, 4)],
+        (MeshConfig(sweep=2, fsdp=2), 1),
+        (MeshConfig(fsdp=2, tensor=2), 2),
+    ],
+    ids=lambda x: "x".join(map(str, x.shape)) if isinstance(x, MeshConfig) else str(x),
+)
+def test_meshes_equal_one_device(reference, config, accumulate):
+    state, history = run(config, accumulate=accumulate)
+    for found, wanted in zip(history, reference[1], strict=True):
+        tiny.close(found, wanted, 1e-4, 1e-6)
+    tiny.close(state.trainable, reference[0].trainable, 2e-3, 2e-5)
+
+
+def test_factors_leave_zero_under_fsdp_as_on_one_device():
+    method = LoRA(rank=4, alpha=8, targets=r"attention/(query|value)$")
+    start = method.init(jax.random.key(0), tiny.params())
+    assert not any(np.any(value["b"]) for value in start.values())
+    one, _ = run(None, steps=20, method=method)
+    four, _ = run(MeshConfig(fsdp=4), steps=20, method=method)
+    for path, value in four.trainable.items():
+        assert np.all(np.abs(value["b"]).max(axis=(1, 2)) > 1e-2), path
+    tiny.close(four.trainable, one.trainable, 2e-3, 2e-4)
+
+
+def test_where_things_live():
+    params, devices = tiny.params(), make_mesh(MeshConfig(fsdp=2, tensor=2))
+    placed = partition.flatten(shardings(params, devices))
+    assert placed["layers[0:2]/attention/query/kernel"].spec == P(None, "fsdp", "tensor")
+    assert placed["layers[0:2]/mlp/down/kernel"].spec == P(None, "tensor", "fsdp")
+    assert placed["embed/embedding"].spec == P("tensor", "fsdp")
+    trainable = tiny.METHOD.init(jax.random.key(0), params)
+    factors = mesh.trainable_shardings(trainable, params, devices)
+    query = factors["layers[0:2]/attention/query/kernel"]
+    assert query["a"].spec == P(None, "fsdp", None) and query["b"].spec == P(None, None, "tensor")
+    pure = mesh.trainable_shardings(trainable, params, make_mesh(MeshConfig(fsdp=4)))
+    assert all(s.is_fully_replicated for s in jax.tree.leaves(pure))
+    state = init_state(tiny.METHOD, params, TX, mesh=devices)
+    moments = [
+        x.sharding.spec for x in jax.tree.leaves(state.opt_state) if x.shape == (2, 4, tiny.WIDTH)
+    ]
+    assert moments == [P(None, None, "tensor")] * 4  # mu and nu of the factor b of two kernels
+
+
+def test_weights_are_read_straight_into_their_shards(tmp_path):
+    save_pretrained(tmp_path, tiny.MODEL, tiny.params())
+    devices = make_mesh(MeshConfig(fsdp=4))
+    _, params = load_pretrained(tmp_path, mesh=devices, shardings=load_shardings(devices))
+    whole = partition.flatten(tiny.params())
+    wanted = partition.flatten(shardings(tiny.params(), devices))
+    kernels = 0
+    for path, leaf in partition.flatten(params).items():
+        assert leaf.sharding == wanted[path], path
+        np.testing.assert_array_equal(leaf, whole[path])
+        if path.endswith(("kernel", "embedding")):
+            kernels += 1
+            sizes = [shard.data.size for shard in leaf.addressable_shards]
+            assert sizes == [leaf.size // 4] * 4, path
+    assert kernels == 9
+
+
+def test_rules_of_the_config_come_first():
+    config = MeshConfig(fsdp=2, tensor=2, rules=((r"mlp/down$", (None, ("fsdp", "tensor"))),))
+    devices = make_mesh(config)
+    placed = partition.flatten(shardings(tiny.params(), devices, config.sharding_rules))
+    assert placed["layers[0:2]/mlp/down/kernel"].spec == P(None, None, ("fsdp", "tensor"))
+    assert placed["layers[0:2]/mlp/up/kernel"].spec == P(None, "fsdp", "tensor")
+    loading = load_shardings(devices, config.sharding_rules)
+    path = "layers[0:2]/mlp/down/kernel"
+    assert loading(path, (2, 24, 16)) == placed[path]
+    wrong = MeshConfig(rules=((r"mlp/dwn$", ()),)).sharding_rules
+    for use in (
+        lambda: shardings(tiny.params(), make_mesh(), wrong),
+        lambda: init_state(tiny.METHOD, tiny.params(), TX, mesh=make_mesh(), rules=wrong),
+    ):
+        with pytest.raises(UserError, match="mesh rules: the pattern 'mlp/dwn"):
+            use()
+
+
+def test_errors_say_what_to_do():
+    with pytest.raises(UserError, match="needs 3 devices, but there are 4"):
+        make_mesh(MeshConfig(data=3))
+    odd = {"head": {"kernel": jnp.zeros((6, 4))}}
+    with pytest.raises(UserError, match=r"length 6 does not divide over fsdp=4.*head"):
+        shardings(odd, make_mesh(MeshConfig(fsdp=4)))
+    with pytest.raises(UserError, match="multiple of 4"):
+        place_batch(tiny.batch(0, rows=6), make_mesh(MeshConfig(data=4)))
+    assert make_mesh().size == 1
+    with pytest.raises(UserError, match="did you mean tensor"):
+        MeshConfig(rules=(("head/kernel$", ("tensr",)),))
+    with pytest.raises(UserError, match="write"):
+        MeshConfig(rules=("head/kernel$",))
+    with pytest.raises(UserError, match="fsdp=0"):
+        MeshConfig(fsdp=0)
