@@ -1,11 +1,16 @@
-"""What the benchmarks share: arms run in turn, medians, ratios of rounds, results in JSON."""
+"""What the benchmarks share: arms run in turn, medians, ratios of rounds, results in JSON.
+
+Needs numpy alone, so that a process of its own measures one library's memory or start.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +20,9 @@ import numpy as np
 
 Arm = Callable[[], None]
 """Runs one update and waits for it."""
+
+BUSY = 0.5
+"""Load a core, of other programs, above which arms cannot be compared."""
 
 
 def interleaved(arms: Mapping[str, Arm], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
@@ -86,6 +94,55 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
+def context(device: str, *packages: str) -> dict[str, Any]:
+    """What a figure depends on besides the settings: command, device, versions, allocator."""
+    return {
+        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "device": device,
+        "processor": _processor(),
+        "versions": versions(*packages),
+        # glibc's settings of how much freed memory it keeps change torch's speed on a CPU.
+        "malloc": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
+
+
+def warn_if_busy() -> float | None:
+    """The load of the last minute, before arms run; a busy machine slows some arms far more.
+
+    torch's OpenMP threads wait for each other in loops: with other programs on the same cores a
+    step took it ten times as long, where XLA's took twice, so that no ratio means anything.
+    """
+    if not hasattr(os, "getloadavg"):
+        return None
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > BUSY * cores:
+        print(f"WARNING: load {load:.1f} on {cores} cores before any arm ran: other programs are "
+              "at work, and the ratios below mean nothing", flush=True)  # fmt: skip
+    return load
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process held at one time.
+
+    Linux's own count for this program: `ru_maxrss` would be that of the parent process, if it was
+    the greater when it started this one.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+
+
 def write_results(path: Path | None, results: Mapping[str, Any]) -> None:
     """The results as JSON, if a path is given; the folder is made."""
     if path is None:
@@ -95,8 +152,10 @@ def write_results(path: Path | None, results: Mapping[str, Any]) -> None:
     print(f"wrote {path}")
 
 
-def verdict(name: str, value: float | None, limit: float) -> str:
-    """One line: the figure, the limit, and whether it holds."""
+def verdict(name: str, value: float | None, limit: float, *, least: bool = False) -> str:
+    """One line: the figure, the limit (the greatest allowed, or the least), whether it holds."""
+    kind = "at least" if least else "limit"
     if value is None:
-        return f"{name}: not measured (limit {limit:g})"
-    return f"{name}: {value:.3f} (limit {limit:g}: {'holds' if value <= limit else 'FAILS'})"
+        return f"{name}: not measured ({kind} {limit:g})"
+    holds = value >= limit if least else value <= limit
+    return f"{name}: {value:.3f} ({kind} {limit:g}: {'holds' if holds else 'FAILS'})"

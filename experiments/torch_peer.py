@@ -1,17 +1,25 @@
-"""The PEFT arm of the benchmarks: the same weights and batch on torch, written as PEFT's users do.
+"""The PEFT arms of the benchmarks: the same weights and batches on torch, as PEFT's users write it.
 
-Imported only where torch, transformers and peft are installed; `reason` says what is missing.
+Attention is transformers' `sdpa`, threads and allocator are torch's defaults. Imported only where
+torch, transformers and peft are installed; `reason` says what is missing. Needs no JAX, so that a
+process of its own measures torch's memory alone.
+
+Axes: B rows, T positions.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-TORCH_NAMES = {"query": "q_proj", "value": "v_proj"}
+TORCH_NAMES = {"lm": ["q_proj", "v_proj"], "classification": ["query", "value"]}
+IGNORED = -100  # a label without loss
+# Both arms of a comparison compute the same function: ours has no dropout in these models.
+NO_DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 
 
 def reason() -> str | None:
@@ -22,31 +30,137 @@ def reason() -> str | None:
     )
 
 
-def make_update(
-    folder: str, tokens: np.ndarray, *, rank: int, alpha: float, learning_rate: float, dtype: str
-) -> Callable[[], float]:
-    """A function that makes one AdamW update on the batch and returns the loss."""
-    import peft
-    import torch
-    import transformers
+class Trainer:
+    """A PEFT model and its AdamW: `update(batch)` is one step and gives the loss.
 
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype)
-    )
-    config = peft.LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=list(TORCH_NAMES.values()), task_type="CAUSAL_LM"
-    )
-    model = peft.get_peft_model(model, config)
-    model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
-    batch = torch.from_numpy(tokens.astype(np.int64))
+    Args:
+      folder: of the base, as transformers reads it.
+      head: "lm", or "classification" with the labels that the folder's config has.
+      adapter: folder of a LoRA adapter to start from; None: PEFT's own start, B = 0.
+      device: torch's name, "cpu" or "cuda".
+      compiled: whether the model goes through torch.compile.
+    """
 
-    def update() -> float:
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        head: str = "lm",
+        adapter: str | Path | None = None,
+        rank: int = 8,
+        alpha: float = 16.0,
+        learning_rate: float = 1e-3,
+        dtype: str = "float32",
+        device: str = "cpu",
+        compiled: bool = False,
+    ) -> None:
+        import peft
+        import torch
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        auto: Any = transformers.AutoModelForCausalLM
+        if head == "classification":
+            auto = transformers.AutoModelForSequenceClassification
+        config = transformers.AutoConfig.from_pretrained(folder)
+        for name in NO_DROPOUT:
+            if hasattr(config, name):
+                setattr(config, name, 0.0)
+        base: Any = auto.from_pretrained(
+            folder, config=config, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+        ).to(device)
+        if adapter is not None:
+            model: Any = peft.PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
+        else:
+            lora = peft.LoraConfig(
+                r=rank, lora_alpha=alpha, target_modules=TORCH_NAMES[head],
+                task_type="CAUSAL_LM" if head == "lm" else "SEQ_CLS",
+            )  # fmt: skip
+            model = peft.get_peft_model(base, lora)
+        model.train()
+        self._extra = {"use_cache": False} if head == "lm" else {}
+        self._torch, self._device, self.model = torch, device, model
+        self._forward = torch.compile(model) if compiled else model
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
+
+    def update(self, batch: Mapping[str, np.ndarray]) -> Any:
+        """One AdamW step on arguments of the model's forward; the loss, still on the device."""
+        inputs = {name: self._tensor(value) for name, value in batch.items()}
+        loss = self._forward(**inputs, **self._extra).loss
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
 
-    return update
+    def train(self, batches: Iterator[Mapping[str, np.ndarray]], steps: int) -> list[float]:
+        """That many updates, and the losses once the last is done."""
+        losses = [self.update(next(batches)) for _ in range(steps)]
+        return [float(loss) for loss in losses]
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """As PEFT saves it."""
+        self.model.save_pretrained(str(folder))
+
+    def _tensor(self, array: np.ndarray) -> Any:
+        return self._torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+
+def make_update(
+    folder: str, batch: np.ndarray | Mapping[str, np.ndarray], **settings: Any
+) -> Callable[[], float]:
+    """A function that makes one update on a batch and returns the loss.
+
+    batch: tokens int [B, T] with loss on all of them, or the arguments of the model's forward.
+    """
+    if isinstance(batch, np.ndarray):
+        wide = batch.astype(np.int64)
+        batch = {"input_ids": wide, "labels": wide}
+    trainer, fixed = Trainer(folder, **settings), dict(batch)
+    return lambda: float(trainer.update(fixed))
+
+
+def padded(
+    examples: Sequence[Mapping[str, np.ndarray]], batch_size: int, *, seed: int, pad_id: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Endless batches [B, T], shuffled each epoch, each padded to its longest example.
+
+    examples: {tokens int [T], loss_mask float [T]}.
+    """
+    draw = np.random.default_rng(seed)
+    while True:
+        order = draw.permutation(len(examples))
+        for start in range(0, len(order), batch_size):
+            yield collate([examples[i] for i in order[start : start + batch_size]], pad_id)
+
+
+def collate(chosen: Sequence[Mapping[str, np.ndarray]], pad_id: int) -> dict[str, np.ndarray]:
+    """Examples as {input_ids, attention_mask, labels}, int64 [B, T], padded on the right."""
+    shape = (len(chosen), max(len(e["tokens"]) for e in chosen))
+    batch = {
+        "input_ids": np.full(shape, pad_id, np.int64),
+        "attention_mask": np.zeros(shape, np.int64),
+        "labels": np.full(shape, IGNORED, np.int64),
+    }
+    for row, example in enumerate(chosen):
+        tokens, size = example["tokens"], len(example["tokens"])
+        batch["input_ids"][row, :size] = tokens
+        batch["attention_mask"][row, :size] = 1
+        batch["labels"][row, :size] = np.where(example["loss_mask"] > 0, tokens, IGNORED)
+    return batch
+
+
+def packed(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A packed batch of lora_jax for transformers: position ids and a block-diagonal causal mask.
+
+    batch: tokens, loss_mask, positions, segment_ids, [B, T]. The mask is bool [B, 1, T, T]: a
+    token sees those before it in its own segment.
+    """
+    tokens, segments = batch["tokens"].astype(np.int64), batch["segment_ids"]
+    same = segments[:, None, :, None] == segments[:, None, None, :]
+    return {
+        "input_ids": tokens,
+        "position_ids": batch["positions"].astype(np.int64),
+        "attention_mask": same & np.tril(np.ones((tokens.shape[1],) * 2, bool)),
+        "labels": np.where(batch["loss_mask"] > 0, tokens, IGNORED),
+    }

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax import pretrained, training
+from lora_jax import partition, pretrained, training
 from lora_jax.errors import UserError
 from lora_jax.experiment import Experiment, from_dict, to_dict
 from lora_jax.tensors import adapt
@@ -52,10 +52,7 @@ def begin(bench: Workbench, experiment: Experiment) -> Start:
     method = experiment.method.prepare(
         adapt(bench.model.apply), bench.params, endless(lambda: bench.batches(experiment.data.seed))
     )
-    trainable = None
-    if t.start_from:
-        _, trainable = pretrained.load_adapter(t.start_from, bench.model, bench.params)
-        _same_shapes(t.start_from, trainable, method, bench.params)
+    trainable = _from_adapter(t.start_from, bench, experiment, method) if t.start_from else None
     tx = training.make_optimizer(experiment.optimizer, t.steps)
     state = training.init_state(
         method, bench.params, tx, seed=experiment.seed, dropout_seed=t.dropout_seed,
@@ -64,15 +61,21 @@ def begin(bench: Workbench, experiment: Experiment) -> Start:
     return Start(method, tx, method.dropped(bench.params), state)
 
 
-def _same_shapes(source: str, trainable: Any, method: Any, params: Any) -> None:
-    wanted = jax.eval_shape(lambda: method.init(jax.random.key(0), params))
-    old = jax.tree.map(lambda x: tuple(x.shape), trainable)
-    new = jax.tree.map(lambda x: tuple(x.shape), wanted)
-    if old != new:
+def _from_adapter(source: str, bench: Workbench, experiment: Experiment, method: Any) -> Any:
+    """The method's start with the adapter in `source` in it; a new head stays as it is."""
+    own_head = bench.task.head == "lm"
+    _, loaded = pretrained.load_adapter(source, bench.model, bench.params, head=own_head)
+    trainable = method.init(training.stream(experiment.seed, "init"), bench.params)
+    old = {n: tuple(x.shape) for n, x in partition.flatten(loaded).items()}
+    new = {n: tuple(x.shape) for n, x in partition.flatten(trainable).items()}
+    odd = [n for n, shape in old.items() if new.get(n) != shape]
+    odd += [n for n in new if n not in old and not n.startswith("head/")]
+    if odd:
         raise UserError(
             f"training.start_from: the adapter in {source} has other targets or ranks than "
-            "config.method; make them equal"
+            f"config.method, at {odd[0]}; make them equal"
         )
+    return {**trainable, **loaded}
 
 
 def run(experiment: Experiment, workdir: str | Path, *, progress: bool = True) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from lora_jax.data import loader
 from lora_jax.data.tasks.text import Text
 from lora_jax.errors import UserError
 from lora_jax.experiment import Experiment
-from lora_jax.tensors import adapt
 from lora_jax.training import decoding, evaluation, loss, prompts
 
 Batch = dict[str, Any]
@@ -122,12 +121,19 @@ class Workbench:
 
     # Loss.
 
-    def loss(self, variables: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """(sum of weighted losses, sum of weights) of the task's kind of loss."""
+    def loss(
+        self, variables: Any, batch: Batch, axis_name: str | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """(sum of weighted losses, sum of weights) of the task's kind of loss.
+
+        `axis_name` is that of a `vmap` over members, if there is one.
+        """
         t = self.experiment.training
         smooth: dict[str, Any] = {"label_smoothing": t.label_smoothing}
         if self.task.head == "lm":
-            return loss.chunked_loss(self.model, variables, batch, chunk=t.chunk, **smooth)
+            return loss.chunked_loss(
+                self.model, variables, batch, chunk=t.chunk, axis_name=axis_name, **smooth
+            )
         if self.task.head == "classification":
             return loss.classification_loss(self.model, variables, batch, **smooth)
         return loss.regression_loss(self.model, variables, batch)
@@ -278,8 +284,7 @@ class Workbench:
     def loss_sums(self, variables: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """(sum of losses, tokens) of one batch, every token a target; pure, like `output`."""
         chunk = self.experiment.training.chunk
-        run = adapt(lambda v, b: loss.chunked_loss(self.model, v, b, chunk=chunk))
-        return run(variables, batch)
+        return loss.chunked_loss(self.model, variables, batch, chunk=chunk)
 
     def general_loss(self, variables: Any) -> dict[str, float]:
         """{"general_loss": nats a token} of one model, or nothing where no text was asked for."""

@@ -1,7 +1,19 @@
-"""Methods: rules about a parameter tree. One file each; see `base.Method` for the protocol."""
+"""Methods: rules about a parameter tree. One file each; see `base.Method` for the protocol.
+
+Found by looking: a module here whose classes carry `@register("name")` adds its methods. They are
+all imported with the package, so a module imports what is heavy (Flax) where it needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
 
 from lora_jax.methods.base import METHODS, Counts, Method, method_class, register
 from lora_jax.methods.full import FullFineTuning
 from lora_jax.methods.lora import LoRA
 
 __all__ = ["METHODS", "Counts", "FullFineTuning", "LoRA", "Method", "method_class", "register"]
+
+for _info in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_info.name}")

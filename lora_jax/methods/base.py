@@ -75,6 +75,24 @@ class Method:
     padding_exact: ClassVar[bool] = False
     peft_entries: ClassVar[Mapping[str, Any]] = {}
 
+    @property
+    def changes_base(self) -> bool:
+        """Whether `arrange` or `placeholders` does something. The members of a sweep then share a
+        base only with those that are alike in all but the `numeric` fields."""
+        return False
+
+    def arrange(self, params: Any) -> Any:
+        """`params` as the method needs them cut (`partition.split_stacks`): called once, on load.
+
+        All other methods of the protocol get what it returns.
+        """
+        return params
+
+    def placeholders(self, params: Any) -> tuple[int, ...]:
+        """Token ids to put behind every prompt, in training and in evaluation; none counts as a
+        target. Ids from the vocabulary's size on are free: the model has no rows for them."""
+        return ()
+
     def init(self, key: jax.Array, params: Any) -> Trainable:
         """The trainable tree at the start: a flat dict keyed by leaf path. Never aliases params."""
         raise TypeError(f"{type(self).__name__} does not define init")
@@ -128,6 +146,13 @@ class Method:
     def after_update(self, state: Any) -> Any:
         """Pure function of the training state, inside the step (AdaLoRA, ReLoRA)."""
         return state
+
+    def settle(self, params: Any, trainable: Trainable) -> tuple[Method, Trainable]:
+        """(method, trainable) to keep once training is done: what only training needed is gone.
+
+        Both combine to the same variables.
+        """
+        return self, trainable
 
     def to_peft(self, trainable: Trainable, names: ModelNames, params: Any) -> AdapterFiles:
         """The method and what it trained, as PEFT's files hold them.

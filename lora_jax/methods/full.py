@@ -15,18 +15,23 @@ from lora_jax.methods import base
 @base.register("full")
 @dataclasses.dataclass(frozen=True)
 class FullFineTuning(base.Method):
-    """Trains the leaves whose expanded paths match a pattern of `train` (all by default).
-
-    `train=(r"head",)` is head-only training, `train=(r"bias$",)` BitFit.
-    """
+    """Trains the leaves whose expanded paths match a pattern of `train` (all by default)."""
 
     padding_exact: ClassVar[bool] = True  # nothing is ever padded: `train` is structure
 
     train: tuple[str, ...] = (".*",)
 
+    def patterns(self, params: Any) -> tuple[str, ...]:
+        """The regexes of what trains, for this model."""
+        return self.train
+
+    def leaves(self, params: Any) -> list[str]:
+        """Paths of the leaves that train."""
+        return base.whole_leaves(params, self.patterns(params))
+
     def init(self, key: jax.Array, params: Any) -> base.Trainable:
         flat = partition.flatten(params)
-        return {p: base.copy(flat[p]) for p in base.whole_leaves(params, self.train)}
+        return {p: base.copy(flat[p]) for p in self.leaves(params)}
 
     def combine(
         self,
@@ -42,7 +47,7 @@ class FullFineTuning(base.Method):
         return partition.combine(params, trainable)
 
     def count(self, params: Any) -> base.Counts:
-        return base.Counts(base.count_whole(params, base.whole_leaves(params, self.train)))
+        return base.Counts(base.count_whole(params, self.leaves(params)))
 
     def dropped(self, params: Any) -> Any:
-        return base.holes(params, base.whole_leaves(params, self.train))
+        return base.holes(params, self.leaves(params))

@@ -28,6 +28,7 @@ class Context:
       mask: [B or 1, 1, T, S] bool, True where a query sees a key; None: plainly causal, or
         everything if not causal.
       slot: int scalar, the cache slot of the first query; None without a cache.
+      tokens: int [B, T - P], those of this call: without the P positions of a prompt.
       causal: whether a query sees only keys up to its own (static).
       deterministic: whether dropout is off (static).
       keep_inputs: whether each layer also returns its input (static).
@@ -37,6 +38,7 @@ class Context:
     sin: jax.Array | None = None
     mask: jax.Array | None = None
     slot: jax.Array | None = None
+    tokens: jax.Array | None = None
     causal: bool = dataclasses.field(default=True, metadata={"static": True})
     deterministic: bool = dataclasses.field(default=True, metadata={"static": True})
     keep_inputs: bool = dataclasses.field(default=False, metadata={"static": True})

@@ -30,6 +30,7 @@ from lora_jax.models.bert_config import (
 from lora_jax.models.blocks import ACTIVATIONS, MLP, Embed, dense, layer_norm
 from lora_jax.models.config import SCORING
 from lora_jax.models.family import Family
+from lora_jax.models.sites import site
 from lora_jax.models.transformer import Cache, Transformer, check_positions
 
 __all__ = ["FAMILIES", "Bert", "BertConfig", "pool"]
@@ -63,6 +64,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, tuple[Cache | None, jax.Array | None]]:
         """x [B, T, D], no cache -> (x, (no cache, the layer's input if kept))."""
         c, off = self.config, context.deterministic
+        x_BTD = site(self, "in", x_BTD, tokens=context.tokens)
         entered = x_BTD if context.keep_inputs else None
         y_BTD, cache = Attention(
             c.num_heads,
@@ -80,7 +82,7 @@ class Block(nn.Module):
         y_BTD = MLP(c.mlp_size, c.activation, c.dtype, name="mlp")(x_BTD)
         y_BTD = nn.Dropout(c.dropout, name="mlp_dropout")(y_BTD, deterministic=off)
         x_BTD = layer_norm(c.norm_eps, c.dtype, "mlp_norm")(x_BTD + y_BTD)
-        return x_BTD, (cache, entered)
+        return site(self, "out", x_BTD), (cache, entered)
 
 
 class ScoringHead(nn.Module):

@@ -63,7 +63,7 @@ class RMSNorm(nn.Module):
 
 
 class Embed(nn.Module):
-    """Token embedding, and its transpose as a tied head. Site: ``out``."""
+    """Token embedding, and its transpose as a tied head. Sites: ``tokens``, ``out``."""
 
     vocab_size: int
     features: int
@@ -75,6 +75,7 @@ class Embed(nn.Module):
     def __call__(self, tokens: jax.Array, use_site: bool = True) -> jax.Array:
         """int [B, T] -> [B, P + T, D], P the site's length (0 without one)."""
         x_BTD = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+        x_BTD = site(self, "tokens", x_BTD, tokens=tokens)
         return site(self, "out", x_BTD, may_lengthen=True, tokens=tokens) if use_site else x_BTD
 
     def attend(self, x: jax.Array) -> jax.Array:

@@ -27,6 +27,7 @@ from lora_jax.models.config import (
     require,
 )
 from lora_jax.models.family import Family, TensorSpec, linear, norm
+from lora_jax.models.sites import site
 from lora_jax.models.transformer import Cache, Transformer, check_positions
 
 __all__ = ["FAMILIES", "GPT2", "GPT2Config"]
@@ -74,6 +75,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, tuple[Cache | None, jax.Array | None]]:
         """x [B, T, D], this layer's cache -> (x, (cache, the layer's input if kept))."""
         c, off = self.config, context.deterministic
+        x_BTD = site(self, "in", x_BTD, tokens=context.tokens)
         entered = x_BTD if context.keep_inputs else None
         y_BTD = layer_norm(c.norm_eps, c.dtype, "attention_norm")(x_BTD)
         y_BTD, cache = Attention(
@@ -91,7 +93,7 @@ class Block(nn.Module):
         y_BTD = layer_norm(c.norm_eps, c.dtype, "mlp_norm")(x_BTD)
         y_BTD = MLP(c.mlp_size or 0, c.activation, c.dtype, name="mlp")(y_BTD)
         x_BTD = x_BTD + nn.Dropout(c.residual_dropout)(y_BTD, deterministic=off)
-        return x_BTD, (cache, entered)
+        return site(self, "out", x_BTD), (cache, entered)
 
 
 class GPT2(Transformer):

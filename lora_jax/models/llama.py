@@ -23,6 +23,7 @@ from lora_jax.models.llama_config import (
     ignored,
     tensors,
 )
+from lora_jax.models.sites import site
 from lora_jax.models.transformer import Cache, Transformer
 
 __all__ = ["FAMILIES", "Block", "Llama", "LlamaConfig", "config_from_hf", "config_to_hf", "tensors"]
@@ -39,6 +40,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, tuple[Cache | None, jax.Array | None]]:
         """x [B, T, D], this layer's cache -> (x, (cache, the layer's input if kept))."""
         c = self.config
+        x_BTD = site(self, "in", x_BTD, tokens=context.tokens)
         entered = x_BTD if context.keep_inputs else None
         y_BTD = RMSNorm(c.norm_eps, c.dtype, c.norm_offset, name="attention_norm")(x_BTD)
         y_BTD, cache = Attention(
@@ -55,7 +57,7 @@ class Block(nn.Module):
         x_BTD = x_BTD + y_BTD
         y_BTD = RMSNorm(c.norm_eps, c.dtype, c.norm_offset, name="mlp_norm")(x_BTD)
         mlp = GatedMLP(c.mlp_size, c.mlp_bias, c.dtype, c.activation, name="mlp")
-        return x_BTD + mlp(y_BTD), (cache, entered)
+        return site(self, "out", x_BTD + mlp(y_BTD)), (cache, entered)
 
 
 class Llama(Transformer):

@@ -4,17 +4,23 @@ A block calls ``site(self, "out", x)`` where something could be inserted. The ca
 unless the Linen variable collection ``"sites"`` holds a `Site` at that module's path, e.g.
 ``variables["sites"]["layers[0:4]"]["attention"]["kv"]``. Models know sites, never methods.
 
-The points every family offers, and what ``fn`` gets (``**ctx`` must be accepted, whole):
+The points every text family offers, and what ``fn`` gets (``**ctx`` must be accepted, whole):
 
 =============== ============================ ================================================
 site            fn                           context
 =============== ============================ ================================================
+embed/tokens    (params, x_BTD) -> x_BTD     tokens [B, T]: new rows for some of the tokens
 embed/out       (params, x_BTD) -> x_BTD     tokens [B, T]
+in              (params, x_BTD) -> x_BTD     tokens [B, T]: what a layer reads, with the prompt of
+                                             embed/out in front where it is part of the call
 attention/kv    (params, k, v) -> (k, v)     inputs x_BTD; k and v are [B, S, K, H], after
                                              rotary embedding (and after the cache, if any)
 attention/out   (params, x_BTD) -> x_BTD     inputs: what the attention read (after the norm)
 mlp/out         (params, x_BTD) -> x_BTD     inputs: what the MLP read (after the norm)
+out             (params, x_BTD) -> x_BTD     none: what a layer passes on
 =============== ============================ ================================================
+
+``attention``, ``mlp``, ``in`` and ``out`` are of each layer: ``layers[0:4]/in``.
 
 ``length`` is by how much ``fn`` lengthens the sequence, at its start: allowed for embed/out (soft
 prompts) and attention/kv (prefixes), zero for the rest.

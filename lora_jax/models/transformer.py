@@ -262,6 +262,7 @@ class Transformer(nn.Module):
         shared = Context(
             mask=mask,
             slot=None if slot is None else jnp.asarray(slot),
+            tokens=tokens,
             causal=self.causal,
             deterministic=inputs.deterministic,
             keep_inputs=inputs.keep_inputs,

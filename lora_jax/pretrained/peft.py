@@ -18,6 +18,7 @@ from lora_jax.errors import UserError
 from lora_jax.methods import METHODS, Method
 from lora_jax.methods.peft import AdapterFiles, NoPeftForm
 from lora_jax.methods.peft.fused import part_name
+from lora_jax.methods.peft.targets import CLASSIFIERS
 from lora_jax.models import FAMILIES, TensorSpec
 from lora_jax.pretrained import hub, method_json, own_form, provenance
 from lora_jax.pretrained.assemble import abstract_params
@@ -145,6 +146,7 @@ def load_adapter(
     *,
     base_sha256: str | None = None,
     force: bool = False,
+    head: bool = True,
 ) -> tuple[Any, dict[str, Any]]:
     """(method, trainable) of an adapter that PEFT or `save_adapter` wrote.
 
@@ -160,6 +162,8 @@ def load_adapter(
       base_sha256: of the base at hand, by default of the files that `load_pretrained` read;
         refused where the adapter was saved with another one.
       force: load it all the same.
+      head: False leaves out what PEFT's form holds of a classification head, of whatever size:
+        a start for another task.
 
     Raises:
       UserError: another base, an option that is not implemented, or tensors that do not fit.
@@ -178,8 +182,19 @@ def load_adapter(
             raise UserError(f"{files.where}: the header of {TENSORS} lacks {_METHOD}")
         tree = metadata.get(own_form.KEY)
         return method, own_form.read(files.tensors, tree, params, files.where)
+    if not head:
+        files, method = _without_head(files), None
     reader = _reader(files) if method is None else type(method)
     return reader.from_peft(files, _names(model), params, method)
+
+
+def _without_head(files: AdapterFiles) -> AdapterFiles:
+    kept = [m for m in files.config.get("modules_to_save") or () if m not in CLASSIFIERS]
+    return dataclasses.replace(
+        files,
+        config={**files.config, "modules_to_save": kept or None, "task_type": None},
+        tensors={n: x for n, x in files.tensors.items() if not CLASSIFIERS & set(n.split("."))},
+    )
 
 
 def _reader(files: AdapterFiles) -> type[Method]:

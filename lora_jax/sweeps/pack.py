@@ -27,6 +27,9 @@ from lora_jax.sweeps import padding
 from lora_jax.training import State
 from lora_jax.workbench import Batch, Workbench
 
+_MEMBERS = "members"
+"""The mapped axis, by name: what is alike in all slots may ask so, and stay unmapped."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -71,7 +74,10 @@ class Program:
         self.frozen = start.frozen
         self._start = start
         self._single = training.step_function(
-            bench.loss, start.method, start.tx, accumulate=bench.experiment.training.accumulate
+            functools.partial(bench.loss, axis_name=_MEMBERS),
+            start.method,
+            start.tx,
+            accumulate=bench.experiment.training.accumulate,
         )
 
     def with_slots(self, slots: int) -> Program:
@@ -90,9 +96,9 @@ class Program:
         across = None if mesh is None else "sweep"
 
         def packed(frozen: Any, states: State, batches: Batch, live: jax.Array):
-            new, metrics = jax.vmap(self._single, in_axes=(None, 0, 0), spmd_axis_name=across)(
-                frozen, states, batches
-            )
+            new, metrics = jax.vmap(
+                self._single, in_axes=(None, 0, 0), axis_name=_MEMBERS, spmd_axis_name=across
+            )(frozen, states, batches)
             good = live & (metrics["finite"] > 0)
 
             def chosen(after: jax.Array, before: jax.Array) -> jax.Array:

@@ -19,8 +19,6 @@ _HOME = {
     "chunked_loss": "loss",
     "classification_loss": "loss",
     "regression_loss": "loss",
-    "count_targets": "loss",
-    "token_losses": "loss",
     "OptimizerConfig": "optimizer",
     "make_optimizer": "optimizer",
     "hyperparams": "optimizer",

@@ -11,7 +11,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.errors import UserError
-from lora_jax.tensors import adapt
 from lora_jax.training import loss
 from lora_jax.training import mesh as meshes
 
@@ -22,7 +21,7 @@ ROWS = "rows"
 
 def logits(model: Any, variables: Any, batch: Batch) -> jax.Array:
     """Outputs float32 [B, C] of a model with a head; pure, `variables` may hold weights."""
-    return adapt(functools.partial(loss.outputs, model))(variables, batch)
+    return loss.outputs(model, variables, batch)
 
 
 def predict(
@@ -112,4 +111,4 @@ def _logits(model: Any, variables: Any, batch: Batch, sharding: Any) -> jax.Arra
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "sharding"))
 def _losses(loss_fn: Any, variables: Any, batch: Batch, sharding: Any) -> Any:
-    return _replicated(adapt(loss_fn)(variables, batch), sharding)
+    return _replicated(loss_fn(variables, batch), sharding)

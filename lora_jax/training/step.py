@@ -17,7 +17,6 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.errors import UserError
-from lora_jax.tensors import adapt
 from lora_jax.training import mesh as meshes
 from lora_jax.training.optimizer import current_learning_rate
 
@@ -146,7 +145,8 @@ def step_function(
     run come with the state: `method` and `tx` give the structure alone.
 
     Args:
-        loss_fn: from the method's variables; run through `adapt`, so it may ignore weight types.
+        loss_fn: from the method's variables, which may hold weights: it runs the model through
+            `lora_jax.adapt`, as the losses of `training.loss` do.
         accumulate: micro-batches a step; must divide the rows of a batch.
 
     Metrics, float32 scalars: loss (without penalty), penalty, grad_norm, learning_rate (if known),
@@ -155,10 +155,9 @@ def step_function(
     if accumulate < 1:
         raise UserError(f"accumulate={accumulate} must be at least 1.")
     tx = method.wrap_optimizer(tx)
-    adapted = adapt(loss_fn)
 
     def summed(trainable: Any, frozen: Any, numbers: Any, micro: Batch, key: jax.Array):
-        return adapted(method.combine(frozen, trainable, key=key, numbers=numbers), micro)
+        return loss_fn(method.combine(frozen, trainable, key=key, numbers=numbers), micro)
 
     gradient = jax.value_and_grad(summed, has_aux=True)
 

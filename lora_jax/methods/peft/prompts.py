@@ -1,0 +1,116 @@
+"""PEFT's form of prompts and prefixes: `prompt_embeddings`, and modules trained whole."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import partition
+from lora_jax.errors import UserError, nearest
+from lora_jax.methods.peft.patterns import regexes
+from lora_jax.methods.peft.protocol import PREFIX, AdapterFiles, ModelNames, NoPeftForm
+from lora_jax.methods.peft.targets import short_names
+from lora_jax.methods.peft.whole import add_whole
+
+ROWS = "prompt_embeddings"
+# Here PEFT does not wrap the base: its tensors lack one part of the usual prefix.
+_PREFIX = "base_model."
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """What PEFT's two files hold.
+
+    Attributes:
+      rows: float32 [P, columns].
+      whole: leaves trained whole, by the paths of the parameters at hand.
+      train: regexes of these.
+    """
+
+    rows: np.ndarray
+    whole: dict[str, Any]
+    train: tuple[str, ...]
+
+
+def write(
+    names: ModelNames,
+    config: Mapping[str, Any],
+    rows: np.ndarray,
+    whole: Mapping[str, Any],
+    params: Any,
+) -> AdapterFiles:
+    """The files of a prompt or prefix; PEFT itself adds the model's sizes when it reads them.
+
+    Raises NoPeftForm where biases are trained outside of modules that are trained whole.
+    """
+    kept: dict[str, np.ndarray] = {}
+    bias, modules = add_whole(names, whole, params, set(), kept) if whole else ("none", [])
+    if bias != "none":
+        raise NoPeftForm("beside a prompt PEFT trains whole modules, not biases alone")
+    tensors = {_PREFIX + name.removeprefix(PREFIX): value for name, value in kept.items()}
+    tensors[ROWS] = np.ascontiguousarray(rows, np.float32)
+    return AdapterFiles(
+        {
+            **config,
+            "num_virtual_tokens": int(rows.shape[0]),
+            "num_transformer_submodules": 1,
+            "modules_to_save": short_names(modules, _with_parents(names)) or None,
+        },
+        tensors,
+    )
+
+
+def _with_parents(names: ModelNames) -> set[str]:
+    parts = [module.split(".") for module in names.modules]
+    return {".".join(p[:n]) for p in parts for n in range(1, len(p) + 1)}
+
+
+def read(files: AdapterFiles, names: ModelNames, params: Any) -> Stored:
+    """The rows and the whole leaves of PEFT's files.
+
+    Raises UserError for tensors that do not belong, and for a module that is only there in part.
+    """
+    tensors = dict(files.tensors)
+    rows = tensors.pop(ROWS, None)
+    if rows is None or rows.ndim != 2:
+        raise UserError(f"{files.where} lacks a matrix {ROWS!r}: is it a prompt or prefix of PEFT?")
+    wanted = files.config.get("num_virtual_tokens")
+    if wanted is not None and wanted != rows.shape[0]:
+        raise UserError(
+            f"{files.where}: num_virtual_tokens is {wanted}, but {ROWS} has {rows.shape[0]} rows"
+        )
+    found: dict[str, np.ndarray] = {}
+    for name, value in tensors.items():
+        tensor = name.removeprefix(_PREFIX).replace(".modules_to_save.", ".")
+        if ".original_module." in tensor:
+            continue  # PEFT's copy of the frozen module
+        if tensor not in names.ours or value.shape != names.shapes[tensor]:
+            raise UserError(
+                f"{files.where} does not fit this model: {name} {list(value.shape)}; "
+                f"{nearest(tensor, names.ours)}"
+            )
+        found[names.ours[tensor]] = value.T if names.transposed[tensor] else value
+    train = tuple(regexes(found, list(names.theirs)))
+    return Stored(rows.astype(np.float32), _leaves(found, params, files.where), train)
+
+
+def _leaves(found: Mapping[str, np.ndarray], params: Any, where: str) -> dict[str, Any]:
+    """Values by expanded path -> leaves by the paths of `params`."""
+    leaves = {}
+    for path, like in partition.flatten(params).items():
+        layers = partition.expand(path)
+        held = [layer for layer in layers if layer in found]
+        if held and len(held) < len(layers):
+            raise UserError(
+                f"{where} trains {held[0]!r} whole, but {path!r} holds other layers too: cut it "
+                "first with lora_jax.partition.split_stacks"
+            )
+        if held:
+            values = [found[layer] for layer in layers]
+            stacked = partition.stack_of(path) is not None
+            leaves[path] = jnp.asarray(np.stack(values) if stacked else values[0], like.dtype)
+    return leaves
