@@ -35,7 +35,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "schedule": "linear",
         "warmup_steps": args.steps // 15,
     }
-    config.training = {"steps": args.steps, "save_every": 50}
+    # 128 positions a chunk: chunks that hold letters only, not phonemes, skip the head.
+    config.training = {"steps": args.steps, "save_every": 50, "chunk": 128}
     config.evaluation = {"base_shots": (0, 4, 16), "max_new_tokens": 32}
     config.seed = args.seed
     return config

@@ -124,7 +124,8 @@ def hand_arm(model: Any, params: Any, method: Any, tokens: np.ndarray) -> tuple[
 
 
 def peft_arm(options: argparse.Namespace, model: Any, params: Any, batch: Any) -> Any:
-    inputs: Any = batch["tokens"]
+    """(update, number of trained parameters) of PEFT."""
+    inputs = torch_peer.all_tokens(batch["tokens"])
     if options.head != "lm":
         names = {"tokens": "input_ids", "attention_mask": "attention_mask",
                  "token_type_ids": "token_type_ids", "labels": "labels"}  # fmt: skip
@@ -132,10 +133,11 @@ def peft_arm(options: argparse.Namespace, model: Any, params: Any, batch: Any) -
     gpu = jax.default_backend() == "gpu"
     with tempfile.TemporaryDirectory() as folder:
         lj.save_pretrained(folder, model, params)
-        return torch_peer.make_update(
-            folder, inputs, head=options.head, rank=RANK, alpha=ALPHA, learning_rate=RATE,
+        trainer = torch_peer.Trainer(
+            folder, head=options.head, rank=RANK, alpha=ALPHA, learning_rate=RATE,
             dtype=options.dtype, device="cuda" if gpu else "cpu", compiled=gpu,
         )  # fmt: skip
+    return lambda: float(trainer.update(inputs)), trainer.trainable_parameters()
 
 
 def plot(path: Path, seconds: dict[str, list[float]]) -> None:
@@ -156,26 +158,28 @@ def plot(path: Path, seconds: dict[str, list[float]]) -> None:
 
 def build(
     options: argparse.Namespace, model: Any, params: Any, batch: Any
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
-    """(arms, what the compiler said of ours, arms left out and why)."""
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, int], dict[str, str]]:
+    """(arms, what the compiler said of JAX's, trained parameters, arms left out and why)."""
     # As PEFT for sequence classification: the layer that gives the scores is trained whole.
     whole = () if options.head == "lm" else (r"^head/out",)
     lora = lj.LoRA(rank=RANK, alpha=ALPHA, train=whole)
     arms: dict[str, Any] = {}
     figures: dict[str, Any] = {}
+    counts: dict[str, int] = {}
     left_out: dict[str, str] = {}
     for name in options.arms:
         if name in ("ours", "full"):
             method = lora if name == "ours" else lj.FullFineTuning()
             arms[name], figures[name] = trainer_arm(options.head, model, params, method, batch)
+            counts[name] = method.count(params).total
         elif name == "hand":
             arms[name], figures[name] = hand_arm(model, params, lora, batch["tokens"])
         elif why := torch_peer.reason():
             left_out[name] = why
             print(f"arm {name} left out: {why}")
         else:
-            arms[name] = peft_arm(options, model, params, batch)
-    return arms, figures, left_out
+            arms[name], counts[name] = peft_arm(options, model, params, batch)
+    return arms, figures, counts, left_out
 
 
 def table(seconds: Any, figures: Any, losses: Any, tokens: int) -> None:
@@ -203,7 +207,7 @@ def main() -> None:
         options.model, dtype=options.dtype, unroll=options.unroll, **head
     )
     batch = batch_of(options, model.config.vocab_size)
-    arms, figures, left_out = build(options, model, params, batch)
+    arms, figures, counts, left_out = build(options, model, params, batch)
     losses = {name: arm() for name, arm in arms.items()}  # all start from the same function
     seconds = bench.interleaved(arms, options.rounds)
     table(seconds, figures, losses, batch["tokens"].size)
@@ -215,7 +219,8 @@ def main() -> None:
     settings = {k: str(v) for k, v in vars(options).items() if k != "out"}
     results = {
         "settings": settings, "seconds": seconds, "compiled": figures, "ratios": ratios,
-        "first_losses": losses, "left_out": left_out, "load_before": load,
+        "first_losses": losses, "trainable_parameters": counts, "left_out": left_out,
+        "load_before": load,
         "summary": {name: bench.summary(values) for name, values in seconds.items()},
         **bench.context(
             jax.devices()[0].device_kind, "jax", "flax", "torch", "transformers", "peft"

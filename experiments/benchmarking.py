@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -117,8 +116,8 @@ def _processor() -> str:
 def warn_if_busy() -> float | None:
     """The load of the last minute, before arms run; a busy machine slows some arms far more.
 
-    torch's OpenMP threads wait for each other in loops: with other programs on the same cores a
-    step took it ten times as long, where XLA's took twice, so that no ratio means anything.
+    With other programs on the same cores torch's steps were seen to slow down far more than
+    XLA's, so that no ratio meant anything.
     """
     if not hasattr(os, "getloadavg"):
         return None
@@ -127,20 +126,6 @@ def warn_if_busy() -> float | None:
         print(f"WARNING: load {load:.1f} on {cores} cores before any arm ran: other programs are "
               "at work, and the ratios below mean nothing", flush=True)  # fmt: skip
     return load
-
-
-def peak_memory_bytes() -> int:
-    """The most memory that this process held at one time.
-
-    Linux's own count for this program: `ru_maxrss` would be that of the parent process, if it was
-    the greater when it started this one.
-    """
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
 
 def write_results(path: Path | None, results: Mapping[str, Any]) -> None:

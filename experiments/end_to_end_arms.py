@@ -21,6 +21,8 @@ import benchmarking as bench
 import numpy as np
 import torch_peer
 
+from lora_jax import host
+
 ARMS = ("ours", "padded", "packed")
 Batch = Mapping[str, np.ndarray]
 
@@ -228,9 +230,9 @@ def alone(name: str, folder: Path) -> dict[str, Any]:
         convert = torch_peer.packed if name == "packed" else None
         batches = Counted(_stored(folder / f"{name}.npz", steps), convert)
         arm = peft(settings, folder / "weights", folder / "start", batches)
-    before = bench.peak_memory_bytes()
+    before = host.peak_bytes()
     arm.turn(steps)
-    return {"before_training": before, "peak": bench.peak_memory_bytes(), "steps": steps,
+    return {"before_training": before, "peak": host.peak_bytes(), "steps": steps,
             "device_peak": _device_peak(name, settings.device)}  # fmt: skip
 
 

@@ -98,6 +98,10 @@ class Trainer:
         losses = [self.update(next(batches)) for _ in range(steps)]
         return [float(loss) for loss in losses]
 
+    def trainable_parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
     def save_adapter(self, folder: str | Path) -> None:
         """As PEFT saves it."""
         self.model.save_pretrained(str(folder))
@@ -106,18 +110,19 @@ class Trainer:
         return self._torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
 
 
-def make_update(
-    folder: str, batch: np.ndarray | Mapping[str, np.ndarray], **settings: Any
-) -> Callable[[], float]:
-    """A function that makes one update on a batch and returns the loss.
+def make_update(folder: str, tokens: np.ndarray, **settings: Any) -> Callable[[], float]:
+    """A function that makes one update of a language model on one batch and returns the loss.
 
-    batch: tokens int [B, T] with loss on all of them, or the arguments of the model's forward.
+    tokens: int [B, T], with loss on all of them; settings: of `Trainer`.
     """
-    if isinstance(batch, np.ndarray):
-        wide = batch.astype(np.int64)
-        batch = {"input_ids": wide, "labels": wide}
-    trainer, fixed = Trainer(folder, **settings), dict(batch)
-    return lambda: float(trainer.update(fixed))
+    trainer, batch = Trainer(folder, **settings), all_tokens(tokens)
+    return lambda: float(trainer.update(batch))
+
+
+def all_tokens(tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """Tokens int [B, T] as a batch with loss on all of them."""
+    wide = tokens.astype(np.int64)
+    return {"input_ids": wide, "labels": wide}
 
 
 def padded(

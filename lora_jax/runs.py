@@ -10,9 +10,7 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
-import resource
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax import partition, pretrained, training
+from lora_jax import host, partition, pretrained, training
 from lora_jax.errors import UserError
 from lora_jax.experiment import Experiment, from_dict, to_dict
 from lora_jax.tensors import adapt
@@ -186,8 +184,7 @@ def peak_memory_bytes() -> int:
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return int(stats["peak_bytes_in_use"])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return host.peak_bytes()
 
 
 def show(bench: Workbench, predictions: Any, base_predictions: Any) -> None:

@@ -80,6 +80,8 @@ def test_step_of_an_encoder(command, encoder):
     assert set(found["seconds"]) == {"ours", "peft"}
     ours, theirs = found["first_losses"]["ours"], found["first_losses"]["peft"]
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    counts = found["trainable_parameters"]
+    assert counts["ours"] == counts["peft"]  # the scores' layer included
 
 
 def test_end_to_end(command, tiny_base, pairs):
@@ -106,12 +108,39 @@ def test_end_to_end(command, tiny_base, pairs):
     assert spread["min"] <= by_hand <= spread["max"]
 
 
+def test_batches_for_transformers(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    import end_to_end_arms
+    import torch_peer
+
+    examples = [
+        {"tokens": np.arange(1, n + 1, dtype=np.int32), "loss_mask": np.arange(n) >= n - 2}
+        for n in (3, 5)
+    ]
+    batch = torch_peer.collate(examples, pad_id=9)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 9, 9], [1, 2, 3, 4, 5]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1] * 5]
+    assert batch["labels"].tolist() == [[-100, 2, 3, -100, -100], [-100, -100, -100, 4, 5]]
+    packed = {
+        "tokens": np.array([[1, 2, 3, 4, 0]]), "positions": np.array([[0, 1, 0, 1, 0]]),
+        "loss_mask": np.array([[0.0, 1, 0, 1, 0]]), "segment_ids": np.array([[1, 1, 2, 2, 0]]),
+    }  # fmt: skip
+    counted = end_to_end_arms.Counted(iter([packed, batch]), lambda b: b)
+    theirs = torch_peer.packed(next(counted))
+    assert theirs["labels"].tolist() == [[-100, 2, -100, 4, -100]]
+    seen = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
+    assert theirs["attention_mask"][0, 0].astype(int).tolist() == seen
+    assert (counted.examples, counted.tokens, counted.slots) == (2, 4, 5)
+    next(counted)
+    assert (counted.examples, counted.tokens, counted.slots) == (4, 12, 15)
+
+
 def test_peak_memory_is_this_process_s(monkeypatch):
     """A child of a large process would report its parent's peak as `ru_maxrss`."""
     import subprocess
 
     ballast = np.ones(100_000_000)  # 800 MB, touched
-    code = "import benchmarking; print(benchmarking.peak_memory_bytes())"
+    code = "from lora_jax import host; print(host.peak_bytes())"
     done = subprocess.run([sys.executable, "-c", code], cwd=EXPERIMENTS, check=True,
                           stdout=subprocess.PIPE, text=True)  # fmt: skip
     assert 0 < int(done.stdout) < ballast.nbytes / 2

@@ -101,6 +101,8 @@ class Adapter(activations.ActivationMethod):
 
     def arrange(self, params: Any) -> Any:
         """Cuts the stack above the layers without adapters."""
+        if not self.drop:
+            return params
         names = {s.rsplit("/", 1)[-1].partition("[")[0] for s in activations.stacks(params)}
         return partition.split_stacks(params, {name: [self.drop] for name in names})
 
