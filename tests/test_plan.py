@@ -28,6 +28,7 @@ from lora_jax.plan.plan import abstract_arguments, bytes_by_part
 from lora_jax.plan.sketch import Sketch, hf_config
 from lora_jax.pretrained.assemble import abstract_params
 from lora_jax.pretrained.load import build_model
+from lora_jax.tensors import adapt
 
 D, M, V, L, HEADS, KV, HEAD = 64, 160, 96, 3, 4, 2, 16  # sizes of the tiny Llama
 B, T, R = 4, 32, 5
@@ -74,7 +75,8 @@ def parts(method, **options):
     batch = {name: jax.ShapeDtypeStruct((B, T), dtype) for name, dtype in kinds.items()}
 
     def loss(variables, batch):
-        logits = model.apply(variables, batch["tokens"], positions=batch["positions"])
+        apply = adapt(model.apply)
+        logits = apply(variables, batch["tokens"], positions=batch["positions"])
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["tokens"][..., None], -1)
         return -jnp.sum(chosen[..., 0] * batch["loss_mask"]), jnp.sum(batch["loss_mask"])
 

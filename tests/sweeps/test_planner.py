@@ -91,8 +91,8 @@ def test_slots_are_spread_evenly_over_rounds():
 
 
 def test_a_hull_holds_every_tree_and_padding_comes_off_again():
-    one = {"x": {"a": np.ones((2, 3))}, "y": {"a": np.ones((1, 1))}}
-    two = {"x": {"a": np.full((4, 1), 2.0)}}
+    one = {"x": {"a": np.ones((2, 3), np.float32)}, "y": {"a": np.ones((1, 1), np.float32)}}
+    two = {"x": {"a": np.full((4, 1), 2.0, np.float32)}}
     hull = padding.hull([one, two])
     assert hull["x"]["a"].shape == (4, 3) and set(hull) == {"x", "y"}
     padded = padding.pad(two, hull)

@@ -91,7 +91,7 @@ def test_not_finite_names_the_last_good_checkpoint(tmp_path):
 
 
 def test_a_rate_beyond_all_bounds_is_named(tmp_path):
-    tx = make_optimizer(OptimizerConfig(learning_rate=1e30, schedule="constant"), 8)
+    tx = make_optimizer(OptimizerConfig(name="sgd", learning_rate=1e38, schedule="constant"), 8)
     step = make_step(functools.partial(chunked_loss, tiny.MODEL), METHOD, tx)
     with pytest.raises(UserError, match=r"step \d: the loss is .*Lower the learning rate"):
         fit(

@@ -143,7 +143,8 @@ def test_a_number_set_afterwards_equals_one_from_the_config(base):
         wanted = follow(wanted_tx, wanted_tx.init(X), X)[0]
         found = follow(tx, with_hyperparams(tx.init(X), {name: CHANGES[name]}), X)[0]
         tiny.same(found, wanted)
-        assert np.any(np.asarray(found["w"]) != np.asarray(untouched["w"])), name
+        if (base, name) != ("lion", "b1"):  # lion keeps only signs: this b1 changes none here
+            assert np.any(np.asarray(found["w"]) != np.asarray(untouched["w"])), name
 
 
 def test_members_with_different_numbers_under_vmap():
