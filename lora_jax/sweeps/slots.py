@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from lora_jax.experiment import to_dict
 from lora_jax.runs import (
@@ -26,7 +25,7 @@ from lora_jax.runs import (
 from lora_jax.sweeps.grid import Member
 from lora_jax.training import State
 from lora_jax.training.loop import real_tokens
-from lora_jax.training.reports import Reporter
+from lora_jax.training.reports import Reporter, line_of
 from lora_jax.workbench import Batch, Workbench
 
 
@@ -133,12 +132,7 @@ class Slot:
             return
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
-        weights = np.array([row["tokens"] for row in self._rows])
-        losses = np.array([row["loss"] for row in self._rows])
-        line = {k: v for k, v in self._rows[-1].items() if k not in ("finite", "penalty")}
-        line["loss"] = float((losses * weights).sum() / max(weights.sum(), 1e-9))
-        line["tokens"] = float(weights.sum())
-        line["tokens_per_second"] = self._tokens / max(seconds, 1e-9)
+        line = line_of(self._rows, self._tokens, seconds)
         if math.isfinite(line["loss"]):
             self.reporter.log(self.step, line)
         self._all_tokens += self._tokens

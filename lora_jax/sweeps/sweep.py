@@ -115,10 +115,10 @@ class Sweep:
 
     def run(self) -> dict[str, Any]:
         began = time.perf_counter()
-        todo = [m for m in self.members if search.result(self.folder, m) is None]
-        print(f"{len(self.members)} members, {len(todo)} to run", flush=True)
+        waiting = [m for m in self.members if search.result(self.folder, m) is None]
+        print(f"{len(self.members)} members, {len(waiting)} to run", flush=True)
         stopper = self._halving()
-        plans = self._plan(todo)
+        plans = self._plan(waiting)
         ready = [self._prepare(p) for p in plans]
         if self.options.dry:
             return self._summary(ready, began, dry=True)

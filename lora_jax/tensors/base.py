@@ -53,6 +53,20 @@ class Weight:
         raise TypeError(f"{type(self).__name__} does not define stacked")
 
 
+class Over(Weight):
+    """A weight that stands over another, its field `w`: an array or a weight in turn."""
+
+    w: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.w.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.w.dtype
+
+
 def is_weight(x: Any) -> bool:
     return getattr(type(x), "is_weight", False)
 

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.tensors import structure
-from lora_jax.tensors.base import Weight, WeightError, is_weight
+from lora_jax.tensors.base import Over, WeightError, is_weight
 from lora_jax.tensors.low_rank import LowRank
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Folding(Weight):
+class Folding(Over):
     """Base of such weights; a subclass says how its parts are multiplied out (`factors`).
 
     Args:
@@ -41,14 +41,6 @@ class Folding(Weight):
     key: jax.Array | None = None
     rate: jax.Array | None = None
     path: str = dataclasses.field(default="", metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.w.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return self.w.dtype
 
     def factors(self) -> tuple[jax.Array, jax.Array]:
         """(A [*batch, in, r], B [*batch, r, out]); a factor that layers share has no batch axes."""

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.tensors import structure
-from lora_jax.tensors.base import Weight, WeightError, apply_primitive, is_weight, wide
+from lora_jax.tensors.base import Over, WeightError, apply_primitive, is_weight, wide
 from lora_jax.tensors.low_rank import LowRank
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Kronecker(Weight):
+class Kronecker(Over):
     """y = x·W + s·x·(C ⊗ D).
 
     Args:
@@ -40,14 +40,6 @@ class Kronecker(Weight):
     key: jax.Array | None = None
     rate: jax.Array | None = None
     path: str = dataclasses.field(default="", metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.w.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return self.w.dtype
 
     def delta(self) -> jax.Array:
         """s·C ⊗ D, shaped like W."""

@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.tensors import products, structure
-from lora_jax.tensors.base import Weight, WeightError, is_weight
+from lora_jax.tensors.base import Over, WeightError, is_weight
 
 _STATIC: dict[str, Any] = {"static": True}
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LowRank(Weight):
+class LowRank(Over):
     """y = x·W + s·(dropout(x)·A)·B for every operation that is linear in W.
 
     Args:
@@ -46,14 +46,6 @@ class LowRank(Weight):
     in_axes: tuple[int, ...] = dataclasses.field(default=(-2,), metadata=_STATIC)
     out_axes: tuple[int, ...] = dataclasses.field(default=(-1,), metadata=_STATIC)
     path: str = dataclasses.field(default="", metadata=_STATIC)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.w.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return self.w.dtype
 
     @property
     def batch_axes(self) -> tuple[int, ...]:

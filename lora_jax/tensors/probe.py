@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.tensors import structure
-from lora_jax.tensors.base import Weight, WeightError, apply_primitive, is_weight
+from lora_jax.tensors.base import Over, WeightError, apply_primitive, is_weight
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Probe(Weight):
+class Probe(Over):
     """W [*batch, in, out], for x·W with x [..., in].
 
     Args:
@@ -34,14 +34,6 @@ class Probe(Weight):
     moments: jax.Array
     weights: jax.Array
     path: str = dataclasses.field(default="", metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.w.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return self.w.dtype
 
     def dense(self) -> jax.Array:
         return self.w.dense() if is_weight(self.w) else self.w

@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.tensors import structure
-from lora_jax.tensors.base import Weight, apply_primitive, is_weight, wide
+from lora_jax.tensors.base import Over, apply_primitive, is_weight, wide
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Rescaled(Weight):
+class Rescaled(Over):
     """y = (x ∘ g)·W where g runs along W's inputs, y = (x·W) ∘ g where it runs along its outputs.
 
     Args:
@@ -31,14 +31,6 @@ class Rescaled(Weight):
     w: Any
     gain: jax.Array
     path: str = dataclasses.field(default="", metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.w.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return self.w.dtype
 
     def factor(self) -> jax.Array:
         """g with as many axes as W: a scan that shares g leaves it an axis of size one more."""

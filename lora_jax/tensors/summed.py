@@ -9,12 +9,12 @@ from typing import Any
 import jax
 
 from lora_jax.tensors import structure
-from lora_jax.tensors.base import Weight, apply_primitive, is_weight, wide
+from lora_jax.tensors.base import Over, apply_primitive, is_weight, wide
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Summed(Weight):
+class Summed(Over):
     """y = x·(W + Δ); where W is another weight type, y = x·W + x·Δ.
 
     Args:
@@ -26,14 +26,6 @@ class Summed(Weight):
     w: Any
     delta: jax.Array
     path: str = dataclasses.field(default="", metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.w.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return self.w.dtype
 
     def dense(self) -> jax.Array:
         w = self.w.dense() if is_weight(self.w) else self.w

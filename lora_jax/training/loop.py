@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from lora_jax.errors import UserError
 from lora_jax.training import mesh as meshes
 from lora_jax.training.checkpoints import Checkpoints
-from lora_jax.training.reports import Reporter
+from lora_jax.training.reports import Reporter, line_of
 from lora_jax.training.step import State
 
 
@@ -216,15 +216,7 @@ class _Loop:
         seconds = time.perf_counter() - self._since
         self._all_tokens += self._tokens
         self._all_seconds += seconds
-        weights = np.array([row["tokens"] for _, row in rows])
-        losses = np.array([row["loss"] for _, row in rows])
-        line = {k: v for k, v in rows[-1][1].items() if k not in ("finite", "penalty")}
-        if any(row.get("penalty") for _, row in rows):
-            line["penalty"] = rows[-1][1]["penalty"]
-        line["loss"] = float((losses * weights).sum() / max(weights.sum(), 1e-9))
-        line["tokens"] = float(weights.sum())
-        if self._tokens:
-            line["tokens_per_second"] = self._tokens / max(seconds, 1e-9)
+        line = line_of([row for _, row in rows], self._tokens, seconds)
         self._reporter.log(number, line)
         self._tokens, self._since = 0, time.perf_counter()
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -80,6 +81,26 @@ class Reporter:
         if self._file is not None:
             self._file.close()
             self._board.close()
+
+
+def line_of(rows: Sequence[Mapping[str, float]], tokens: int, seconds: float) -> dict[str, float]:
+    """One line for the metrics of some steps, in order: the last's, with the loss averaged.
+
+    Args:
+        rows: of `step_function`, on the host; the loss is weighted by their targets.
+        tokens: real tokens in those steps; 0, if not known, gives no speed.
+        seconds: that they took.
+    """
+    weights = np.array([row["tokens"] for row in rows])
+    losses = np.array([row["loss"] for row in rows])
+    line = {k: v for k, v in rows[-1].items() if k not in ("finite", "penalty")}
+    if any(row.get("penalty") for row in rows):
+        line["penalty"] = rows[-1]["penalty"]
+    line["loss"] = float((losses * weights).sum() / max(weights.sum(), 1e-9))
+    line["tokens"] = float(weights.sum())
+    if tokens:
+        line["tokens_per_second"] = tokens / max(seconds, 1e-9)
+    return line
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:

@@ -196,7 +196,7 @@ def test_errors_say_what_to_do(variables):
             sampling=Sampling(),
         )  # fmt: skip
     for options, message in (
-        ({"temperature": 0.0}, "greedy"),
+        ({"temperature": 0.0}, "greedy is no sampling"),
         ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
     ):  # fmt: skip
