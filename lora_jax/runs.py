@@ -21,8 +21,7 @@ import numpy as np
 from lora_jax import host, partition, pretrained, training
 from lora_jax.errors import UserError
 from lora_jax.experiment import Experiment, from_dict, to_dict
-from lora_jax.tensors import adapt
-from lora_jax.workbench import Workbench, endless
+from lora_jax.workbench import Workbench
 
 RESULT = "result.json"
 
@@ -47,9 +46,7 @@ class Start:
 def begin(bench: Workbench, experiment: Experiment) -> Start:
     """The method, optimizer and first state of `experiment` on a workbench."""
     t = experiment.training
-    method = experiment.method.prepare(
-        adapt(bench.model.apply), bench.params, endless(lambda: bench.batches(experiment.data.seed))
-    )
+    method = bench.prepared(experiment)
     trainable = _from_adapter(t.start_from, bench, experiment, method) if t.start_from else None
     tx = training.make_optimizer(experiment.optimizer, t.steps)
     state = training.init_state(
@@ -151,9 +148,13 @@ def finish(
     metrics: dict[str, float],
     extra: dict[str, Any],
 ) -> dict[str, Any]:
-    """Writes the adapter and then the result, which marks the workdir as finished."""
+    """Writes the adapter and then the result, which marks the workdir as finished.
+
+    The adapter is what the method keeps (`Method.settle`): what only training needed is gone.
+    """
+    kept, trained = method.settle(bench.params, trainable)
     pretrained.save_adapter(
-        folder / "adapter", bench.model, method, trainable, params=bench.params,
+        folder / "adapter", bench.model, kept, trained, params=bench.params,
         base_name=experiment.model.source,
     )  # fmt: skip
     result = {

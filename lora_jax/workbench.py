@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,16 +16,19 @@ import numpy as np
 
 from lora_jax import pretrained, training
 from lora_jax.data import loader
+from lora_jax.data.placeholders import behind_prompts
 from lora_jax.data.tasks.text import Text
 from lora_jax.errors import UserError
-from lora_jax.experiment import Experiment
+from lora_jax.experiment import Experiment, to_dict
+from lora_jax.tensors import adapt
 from lora_jax.training import decoding, evaluation, loss, prompts
 
 Batch = dict[str, Any]
 
 
 class Workbench:
-    """Reads only `model`, `data`, `evaluation`, `mesh` and the loss's settings of the experiment.
+    """Reads only `model`, `data`, `evaluation`, `mesh` and the loss's settings of the experiment,
+    and what its method changes about the base (`Method.changes_base`).
 
     Args:
       experiment: of any of the runs.
@@ -36,6 +40,7 @@ class Workbench:
         wanted = experiment.mesh
         self.mesh = mesh or (training.make_mesh(wanted) if wanted.devices > 1 else None)
         self.task = experiment.data.task
+        self._prepared: dict[str, Any] = {}
         # A task of running text has nothing to answer: it is scored by its loss.
         self.by_loss = self.task.principal == "loss"
         if (self.task.head != "lm" or self.by_loss) and experiment.evaluation.base_shots:
@@ -45,6 +50,11 @@ class Workbench:
 
     @functools.cached_property
     def loaded(self) -> tuple[Any, Any]:
+        """(model, parameters cut as the method needs them)."""
+        model, params = self._load()
+        return model, self.experiment.method.arrange(params)
+
+    def _load(self) -> tuple[Any, Any]:
         m = self.experiment.model
         if m.shape is not None:
             raise UserError("model.shape has no weights to train: set model.source instead")
@@ -100,8 +110,25 @@ class Workbench:
         return list(self.task.evaluation_records(records))
 
     @functools.cached_property
+    def placeholders(self) -> tuple[int, ...]:
+        """Ids that the method wants behind every prompt."""
+        ids = self.experiment.method.placeholders(self.params)
+        if ids and (self.task.head != "lm" or self.by_loss):
+            raise UserError(
+                f"{self.experiment.method.name} puts tokens between prompt and completion: it "
+                "needs a language model's task that has both; leave out infix"
+            )
+        if ids and self.experiment.data.loss != "completion":
+            raise UserError(
+                "tokens between prompt and completion have no target of their own: set "
+                "data.loss='completion', or leave out infix"
+            )
+        return ids
+
+    @functools.cached_property
     def train_examples(self) -> Any:
-        return self.task.examples(self.train_records, self.tokenizer)
+        examples = self.task.examples(self.train_records, self.tokenizer)
+        return behind_prompts(examples, self.placeholders) if self.placeholders else examples
 
     def batches(self, seed: int) -> Any:
         """Endless training batches in the order of `seed`; its place can be saved."""
@@ -118,6 +145,17 @@ class Workbench:
     def fingerprint(self) -> str:
         """Short hash of the training examples and of how they are batched."""
         return self.batches(self.experiment.data.seed).fingerprint
+
+    # Method.
+
+    def prepared(self, experiment: Experiment) -> Any:
+        """The method of one of the runs here, after its look at the data; at each data once."""
+        key = json.dumps([to_dict(experiment)["method"], experiment.data.seed], sort_keys=True)
+        if key not in self._prepared:
+            batches = endless(lambda: self.batches(experiment.data.seed))
+            method = experiment.method.scheduled(experiment.training.steps)
+            self._prepared[key] = method.prepare(adapt(self.model.apply), self.params, batches)
+        return self._prepared[key]
 
     # Loss.
 
@@ -150,7 +188,7 @@ class Workbench:
             return self._loss_batches(self.task.examples(opened, self.tokenizer))
         records = self.validation_records
         if self.task.head == "lm":
-            ids = [self.task.prompt_ids(r, self.tokenizer) for r in records]
+            ids = [[*self.task.prompt_ids(r, self.tokenizer), *self.placeholders] for r in records]
             return prompts.prompt_batches(ids, self.pad_id, batch_size=e.batch_size)
         d = self.experiment.data
         examples = self.task.examples(records, self.tokenizer)
@@ -219,7 +257,8 @@ class Workbench:
             raise UserError("the run's model classifies: it has no continuations to generate")
         e = self.experiment.evaluation
         ids = training.generate(
-            self.model, variables, [self.tokenizer.encode(p) for p in prompts],
+            self.model, variables,
+            [[*self.tokenizer.encode(p), *self.placeholders] for p in prompts],
             max_new_tokens=e.max_new_tokens, eos_id=self.tokenizer.eos_id, pad_id=self.pad_id,
             num_beams=e.num_beams, length_penalty=e.length_penalty,
             no_repeat_ngram_size=e.no_repeat_ngram_size, batch_size=e.batch_size,

@@ -50,7 +50,7 @@ class AdaLoRA(Structured):
     Args:
       rank: at the start, r.
       target_rank: ranks a matrix at the end, on average.
-      total_steps: updates of the run; must be said.
+      total_steps: updates of the run; 0: what `scheduled` is told.
       initial_steps: updates before the budget begins to fall.
       final_steps: updates with the final budget and a mask that no longer changes.
       every: updates between allocations.
@@ -79,6 +79,9 @@ class AdaLoRA(Structured):
             raise UserError("AdaLoRA scales by alpha/rank: leave out scaling")
         if not (0 < self.beta1 < 1 and 0 < self.beta2 < 1):
             raise UserError("beta1 and beta2 must be in (0, 1)")
+
+    def scheduled(self, steps: int) -> AdaLoRA:
+        return self if self.total_steps else dataclasses.replace(self, total_steps=steps)
 
     def init(self, key: jax.Array, params: Any) -> base.Trainable:
         flat = partition.flatten(params)

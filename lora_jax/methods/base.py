@@ -131,6 +131,10 @@ class Method:
         """`params` with a hole where a leaf is trained whole: what the frozen side must hold."""
         return params
 
+    def scheduled(self, steps: int) -> Method:
+        """The method for a run of so many updates, where it has a schedule of its own (AdaLoRA)."""
+        return self
+
     def prepare(self, apply: Callable[..., Any], params: Any, batches: Iterable[Any]) -> Method:
         """Data-driven starts (EVA, LoRA-GA): the method to use after looking at some batches."""
         return self

@@ -31,7 +31,7 @@ from lora_jax.models.blocks import ACTIVATIONS, MLP, Embed, dense, layer_norm
 from lora_jax.models.config import SCORING
 from lora_jax.models.family import Family
 from lora_jax.models.sites import site
-from lora_jax.models.transformer import Cache, Transformer, check_positions
+from lora_jax.models.transformer import Cache, Transformer
 
 __all__ = ["FAMILIES", "Bert", "BertConfig", "pool"]
 
@@ -140,6 +140,10 @@ class Bert(Transformer):
             found["head"] = MaskedLMHead(c)
         return found
 
+    @property
+    def position_limit(self) -> int:
+        return self.config.max_positions - self.config.position_offset
+
     @nn.nowrap
     def positions_of(self, tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
         """RoBERTa counts only tokens that are not padding, which itself has position -1."""
@@ -157,7 +161,6 @@ class Bert(Transformer):
         deterministic: bool,
     ) -> jax.Array:
         c = self.config
-        check_positions(positions.shape[1], c.max_positions, c.position_offset)
         if token_type_ids is None or c.num_token_types == 1:
             token_type_ids = jnp.zeros(positions.shape, jnp.int32)
         x_BTD = x_BTD + self.positions(positions + c.position_offset, use_site=False)

@@ -28,7 +28,7 @@ from lora_jax.models.config import (
 )
 from lora_jax.models.family import Family, TensorSpec, linear, norm
 from lora_jax.models.sites import site
-from lora_jax.models.transformer import Cache, Transformer, check_positions
+from lora_jax.models.transformer import Cache, Transformer
 
 __all__ = ["FAMILIES", "GPT2", "GPT2Config"]
 
@@ -111,6 +111,10 @@ class GPT2(Transformer):
             **self.head_parts(),
         }
 
+    @property
+    def position_limit(self) -> int:
+        return self.config.max_positions
+
     def enter(
         self,
         x_BTD: jax.Array,
@@ -118,7 +122,6 @@ class GPT2(Transformer):
         token_type_ids: jax.Array | None,
         deterministic: bool,
     ) -> jax.Array:
-        check_positions(positions.shape[1], self.config.max_positions)
         x_BTD = x_BTD + self.positions(positions, use_site=False)
         return self.embed_dropout(x_BTD, deterministic=deterministic)
 

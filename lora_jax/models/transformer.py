@@ -95,6 +95,11 @@ class Transformer(nn.Module):
         """Positions where none are given: int32 [B, T], counted from 0."""
         return default_positions((tokens.shape[0], tokens.shape[1]), segment_ids)
 
+    @property
+    def position_limit(self) -> int | None:
+        """Positions that there are embeddings for; None: as many as one likes."""
+        return None
+
     @nn.nowrap
     def rotary_tables(self, positions: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
         """Cosines and sines of positions [B, T], for families that rotate."""
@@ -258,6 +263,8 @@ class Transformer(nn.Module):
         mask = self._mask(x_BTD.shape[1], slot, prompt, inputs)
         # Tokens after a prefix of keys and values start at its length.
         shifts = [length_at(self.variables, s.name, "attention", "kv") for s in self.segments]
+        longest = x_BTD.shape[1] if cache is None else cache["key"].shape[2]
+        _check_positions(longest + max(shifts), self.position_limit)
         x_BTD = self.enter(x_BTD, positions + max(shifts), types, inputs.deterministic)
         shared = Context(
             mask=mask,
@@ -340,10 +347,11 @@ def _is_zero(index: int | jax.Array) -> bool:
         return False
 
 
-def check_positions(length: int, table: int, offset: int = 0) -> None:
-    """UserError where a sequence is longer than a table of learned positions."""
-    if length + offset > table:
+def _check_positions(length: int, limit: int | None) -> None:
+    """UserError where a sequence, with a method's prefix, is longer than the learned positions."""
+    if limit is not None and length > limit:
         raise UserError(
-            f"a sequence of {length} positions is longer than the {table - offset} this model has "
-            "embeddings for; cut the texts (max length in the config) or use another model."
+            f"a sequence of {length} positions (with a prefix, if there is one) is longer than the "
+            f"{limit} this model has embeddings for; cut the texts (data.length, "
+            "evaluation.max_new_tokens) or use another model."
         )

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -40,7 +41,7 @@ def plan_config(
     bench = Sketch(experiment, mesh)
     return plan_step(
         bench.loss,
-        experiment.method,
+        experiment.method.scheduled(experiment.training.steps),
         training.make_optimizer(experiment.optimizer, experiment.training.steps),
         bench.params,
         next(bench.batches(0)),
@@ -59,6 +60,10 @@ class Sketch(Workbench):
 
     @functools.cached_property
     def loaded(self) -> tuple[Any, Any]:
+        model, params = self._load()
+        return model, jax.eval_shape(self.experiment.method.arrange, params)
+
+    def _load(self) -> tuple[Any, Any]:
         m = self.experiment.model
         head = {} if self.task.head == "lm" else {"num_labels": self.task.num_labels}
         options = {

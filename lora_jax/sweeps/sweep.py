@@ -144,14 +144,19 @@ class Sweep:
         shared = {k: config[k] for k in ("model", "data", "evaluation", "mesh", "training")}
         shared["data"]["seed"] = shared["training"]["dropout_seed"] = None
         shared["training"]["start_from"] = None
+        method = member.experiment.method
+        if method.changes_base:
+            same = set(config["method"]) - set(type(method).numeric)
+            shared["method"] = {name: config["method"][name] for name in same}
         key = json.dumps(shared, sort_keys=True)
         if key not in self._benches:
             self._benches[key] = Workbench(member.experiment)
         return self._benches[key]
 
     def shapes(self, member: Member) -> Any:
-        params = self.bench(member).params
-        return jax.eval_shape(lambda: member.experiment.method.init(jax.random.key(0), params))
+        bench = self.bench(member)
+        method = bench.prepared(member.experiment)
+        return jax.eval_shape(lambda: method.init(jax.random.key(0), bench.params))
 
     def _plan(self, members: list[Member]) -> list[planner.PackPlan]:
         if not members:
@@ -174,7 +179,7 @@ class Sweep:
         members = plan.members
         bench = self.bench(members[0])
         start = begin(bench, members[0].experiment)
-        numbers = [m.experiment.method.numbers(bench.params) for m in members]
+        numbers = [bench.prepared(m.experiment).numbers(bench.params) for m in members]
         like = pack.hull_state(start.method, start.tx, [self.shapes(m) for m in members], numbers)
         axis = 1 if bench.mesh is None else bench.mesh.shape["sweep"]
 

@@ -25,7 +25,7 @@ def shifted_targets(batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
     """Targets int[B, T] and their weights float32[B, T]: position t predicts token t + 1.
 
     The weight is `loss_mask[t + 1]`, and 0 where t + 1 is another segment or padding
-    (segment 0). The last position has weight 0.
+    (segment 0). The last position has weight 0. Where the weight is 0, so is the target.
     """
     tokens_BT = jnp.asarray(batch["tokens"])
     weights_BT = jnp.asarray(batch["loss_mask"], jnp.float32)[:, 1:]
@@ -35,7 +35,9 @@ def shifted_targets(batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
         same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
         weights_BT = weights_BT * same
     ends = ((0, 0), (0, 1))
-    return jnp.pad(tokens_BT[:, 1:], ends), jnp.pad(weights_BT, ends)
+    # A placeholder's id is beyond the logits: no target may be one, or 0 * nan is the loss.
+    targets_BT = jnp.where(weights_BT > 0, tokens_BT[:, 1:], 0)
+    return jnp.pad(targets_BT, ends), jnp.pad(weights_BT, ends)
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, label_smoothing: float = 0.0) -> jax.Array:

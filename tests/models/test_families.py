@@ -32,6 +32,7 @@ from families import (
 import lora_jax as lj
 from lora_jax import partition
 from lora_jax.errors import UserError
+from lora_jax.methods import METHODS
 from lora_jax.models import FAMILIES, Site, family_for
 
 STACK = f"layers[0:{L}]"
@@ -215,7 +216,7 @@ def test_lora_equals_the_merged_model(name: str) -> None:
         live = np.arange(3)[None] < np.array(ranks[path])[:, None]  # padding stays zero
         live = live if ab["a"].ndim == 3 else live[0]
         mask = {"a": live[..., None, :], "b": live[..., :, None]}
-        noise = {k: 0.3 * rng.normal(size=x.shape).astype(np.float32) for k, x in ab.items()}
+        noise = {k: 0.1 * rng.normal(size=x.shape).astype(np.float32) for k, x in ab.items()}
         return {k: jnp.where(mask[k], ab[k] + noise[k], 0.0) for k in ab}
 
     moved_all = {path: moved(path, ab) for path, ab in trainable.items()}
@@ -291,3 +292,16 @@ def test_a_decoder_scores_its_last_token(name: str) -> None:
     mask = np.pad(np.ones_like(TOKENS), ((0, 0), (0, 2)))
     near(apply(model, params, padded, attention_mask=mask, token_type_ids=mask), want)
     differ(apply(model, params, TOKENS[:, :5]), want)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_a_prefix_takes_positions_too(name: str) -> None:
+    """Beyond the table of positions an embedding would be NaN."""
+    model, params = MODELS[name], params_of(name)
+    limit = model.position_limit
+    method = METHODS["prefix_tuning"](length=3, hidden=0)
+    variables = method.combine(params, method.init(jax.random.key(0), params))
+    fits = model.apply(variables, np.ones((1, limit - 3), int))
+    assert np.isfinite(fits).all()
+    with pytest.raises(UserError, match=f"{limit + 1} positions"):
+        model.apply(variables, np.ones((1, limit - 2), int))
