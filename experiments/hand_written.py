@@ -1,6 +1,7 @@
 """LoRA on a Llama written out by hand in plain JAX: what `lora_jax.adapt` is measured against.
 
-No framework, no Module, no interpreter: `x @ W + s * (x @ A) @ B` stands in the layer itself. The
+No framework, no Module, no interpreter: `x @ W + s * (x @ A) @ B` stands in the layer itself. Norm
+and gate are lora_jax's own functions: what is left to differ is the interpreter. The
 trees are lora_jax's (`params` of a Llama without biases in one stack; LoRA factors on query and
 value), so that both arms start from the same numbers.
 
@@ -16,13 +17,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lora_jax.models.activations import gated
+from lora_jax.models.norms import normalize
+
 TARGETS = ("query", "value")
 
 
 def norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    wide = x.astype(jnp.float32)
-    mean = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    normed = (wide * jax.lax.rsqrt(mean + epsilon)).astype(x.dtype)
+    normed = normalize(x.astype(jnp.float32), epsilon, False).astype(x.dtype)
     return normed * scale[None, None].astype(x.dtype)
 
 
@@ -61,8 +63,8 @@ def hidden(
         y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
         x = x + y.reshape(rows, length, -1) @ attention["out"]["kernel"]
         y = norm(x, p["mlp_norm"]["scale"], c.norm_eps)
-        gated = jax.nn.silu(y @ mlp["gate"]["kernel"]) * (y @ mlp["up"]["kernel"])
-        return x + gated @ mlp["down"]["kernel"], None
+        inner = gated("silu")(y @ mlp["gate"]["kernel"], y @ mlp["up"]["kernel"])
+        return x + inner @ mlp["down"]["kernel"], None
 
     x = jnp.take(params["embed"]["embedding"], tokens, axis=0)
     stack = params[f"layers[0:{c.num_layers}]"]

@@ -50,6 +50,13 @@ def _parser() -> argparse.ArgumentParser:
     _sweep_arguments(
         add("sweep", _sweep, "train a config's grid in few compiled programs; resumes")
     )
+    table = add("table", _table, "a paper's table: what is missing is run, and shown beside it")
+    table.add_argument("experiment", help="experiments/NAME.py, which defines table(scale)")
+    table.add_argument("--scale", default="small", help="smoke, small or paper")
+    table.add_argument("--workdir", required=True)
+    table.add_argument("--rows", default="", help="regex over 'row / metric'; others are not run")
+    table.add_argument("--seeds", type=int, help="in place of the table's own number")
+    table.add_argument("--quiet", action="store_true", help="no progress bars")
     plan = add("plan", _plan, "what a config would cost, from the compiler, before it is run")
     plan.add_argument("config")
     plan.add_argument("--topology", help="a TPU slice that need not be there, such as v5e:8x8")
@@ -126,6 +133,22 @@ def _sweep(args: argparse.Namespace, overrides: list[str]) -> None:
         f"{result['programs_compiled']} programs, {result['seconds']:.0f} s; "
         f"everything is in {args.workdir}"
     )
+
+
+def _table(args: argparse.Namespace, overrides: list[str]) -> None:
+    from lora_jax import tables
+    from lora_jax.tables import render
+
+    if overrides:
+        raise UserError("a table takes no --config overrides: its rows stand in its file")
+    name, workdir = Path(args.experiment).stem, Path(args.workdir)
+    filled = tables.run(
+        tables.load(args.experiment, args.scale), args.scale, workdir,
+        rows=args.rows, seeds=args.seeds, progress=not args.quiet,
+        after=lambda so_far: render.write(so_far, workdir, name),
+    )  # fmt: skip
+    print(render.markdown(filled))
+    print(f"{workdir / name}.csv, .md, .tex and .html")
 
 
 def _plan(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lora_jax.models import rotary
-from lora_jax.models.blocks import RMSNorm, dense
+from lora_jax.models.blocks import dense
+from lora_jax.models.norms import RMSNorm
 from lora_jax.models.sites import site
 
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lora_jax.models.activations import ACTIVATIONS
 from lora_jax.models.attention import Attention, Context, default_positions
 from lora_jax.models.bert_config import (
     MODEL_TYPES,
@@ -27,9 +28,10 @@ from lora_jax.models.bert_config import (
     prefix,
     tensors,
 )
-from lora_jax.models.blocks import ACTIVATIONS, MLP, Embed, dense, layer_norm
+from lora_jax.models.blocks import MLP, Embed, dense
 from lora_jax.models.config import SCORING
 from lora_jax.models.family import Family
+from lora_jax.models.norms import LayerNorm
 from lora_jax.models.sites import site
 from lora_jax.models.transformer import Cache, Transformer
 
@@ -78,10 +80,10 @@ class Block(nn.Module):
             name="attention",
         )(x_BTD, cache, context)
         y_BTD = nn.Dropout(c.dropout, name="attention_dropout")(y_BTD, deterministic=off)
-        x_BTD = layer_norm(c.norm_eps, c.dtype, "attention_norm")(x_BTD + y_BTD)
+        x_BTD = LayerNorm(c.norm_eps, c.dtype, name="attention_norm")(x_BTD + y_BTD)
         y_BTD = MLP(c.mlp_size, c.activation, c.dtype, name="mlp")(x_BTD)
         y_BTD = nn.Dropout(c.dropout, name="mlp_dropout")(y_BTD, deterministic=off)
-        x_BTD = layer_norm(c.norm_eps, c.dtype, "mlp_norm")(x_BTD + y_BTD)
+        x_BTD = LayerNorm(c.norm_eps, c.dtype, name="mlp_norm")(x_BTD + y_BTD)
         return site(self, "out", x_BTD), (cache, entered)
 
 
@@ -114,7 +116,7 @@ class MaskedLMHead(nn.Module):
         x = ACTIVATIONS[c.activation if not c.is_roberta else "gelu"](
             dense(c.hidden_size, True, c.dtype, "dense")(x)
         )
-        logits = embed.attend(layer_norm(c.norm_eps, c.dtype, "norm")(x))
+        logits = embed.attend(LayerNorm(c.norm_eps, c.dtype, name="norm")(x))
         bias_V = self.param("bias", nn.initializers.zeros, (c.vocab_size,))
         return logits + bias_V.astype(c.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
@@ -131,7 +133,7 @@ class Bert(Transformer):
         found: dict[str, nn.Module] = {
             "positions": Embed(c.max_positions, c.hidden_size, c.dtype),
             "token_types": Embed(c.num_token_types, c.hidden_size, c.dtype),
-            "embed_norm": layer_norm(c.norm_eps, c.dtype),
+            "embed_norm": LayerNorm(c.norm_eps, c.dtype),
             "embed_dropout": nn.Dropout(c.dropout),
         }
         if c.head in SCORING:

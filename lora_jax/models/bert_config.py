@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from lora_jax.errors import UserError
-from lora_jax.models.blocks import ACTIVATIONS
+from lora_jax.models.activations import ACTIVATIONS
 from lora_jax.models.config import (
     SCORING,
     EqualHeads,

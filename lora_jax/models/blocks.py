@@ -2,64 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lora_jax.models.activations import ACTIVATIONS, gated
 from lora_jax.models.sites import site
 
 INITIALIZER = nn.initializers.normal(0.02)
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-}
-"""Hugging Face's names of activations that are known here."""
 
 
 def dense(features: int, bias: bool, dtype: Any, name: str) -> nn.Dense:
     """A Dense layer with a 2-D kernel (in, features)."""
     return nn.Dense(features, use_bias=bias, dtype=dtype, kernel_init=INITIALIZER, name=name)
-
-
-def layer_norm(epsilon: float, dtype: Any, name: str | None = None) -> nn.LayerNorm:
-    """A LayerNorm with scale and bias. Variance as the mean of squared deviations: the faster
-    E[x²] - E[x]² loses digits where the mean is large."""
-    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) · (offset + scale) (Zhang and Sennrich 2019, arXiv:1910.07467).
-
-    Statistics are float32, or wider for wider inputs. The offset is 1 in Gemma, whose scale
-    starts at 0, and 0 elsewhere.
-    """
-
-    epsilon: float
-    dtype: Any
-    offset: float = 0.0
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., D]."""
-        start = nn.initializers.constant(1.0 - self.offset)
-        scale_D = self.param("scale", start, (x.shape[-1],))
-        scale = scale_D.reshape((1,) * (x.ndim - 1) + (-1,))
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        normed = wide * jax.lax.rsqrt(mean_square + self.epsilon)
-        if self.offset:
-            return (normed * (self.offset + scale.astype(wide.dtype))).astype(self.dtype)
-        # Normalised values are rounded before the scale, as transformers does for Llama.
-        return normed.astype(self.dtype) * scale.astype(self.dtype)
 
 
 class Embed(nn.Module):
@@ -98,7 +55,7 @@ class GatedMLP(nn.Module):
         """[B, T, D] -> [B, T, D]."""
         gate = dense(self.hidden, self.bias, self.dtype, "gate")(x_BTD)
         up = dense(self.hidden, self.bias, self.dtype, "up")(x_BTD)
-        inner = ACTIVATIONS[self.activation](gate) * up
+        inner = gated(self.activation)(gate, up)
         y_BTD = dense(x_BTD.shape[-1], self.bias, self.dtype, "down")(inner)
         return site(self, "out", y_BTD, inputs=x_BTD)
 

@@ -14,8 +14,9 @@ from typing import Any
 import jax
 from flax import linen as nn
 
+from lora_jax.models.activations import ACTIVATIONS
 from lora_jax.models.attention import Attention, Context
-from lora_jax.models.blocks import ACTIVATIONS, MLP, Embed, layer_norm
+from lora_jax.models.blocks import MLP, Embed
 from lora_jax.models.config import (
     SCORING,
     EqualHeads,
@@ -27,6 +28,7 @@ from lora_jax.models.config import (
     require,
 )
 from lora_jax.models.family import Family, TensorSpec, linear, norm
+from lora_jax.models.norms import LayerNorm
 from lora_jax.models.sites import site
 from lora_jax.models.transformer import Cache, Transformer
 
@@ -77,7 +79,7 @@ class Block(nn.Module):
         c, off = self.config, context.deterministic
         x_BTD = site(self, "in", x_BTD, tokens=context.tokens)
         entered = x_BTD if context.keep_inputs else None
-        y_BTD = layer_norm(c.norm_eps, c.dtype, "attention_norm")(x_BTD)
+        y_BTD = LayerNorm(c.norm_eps, c.dtype, name="attention_norm")(x_BTD)
         y_BTD, cache = Attention(
             c.num_heads,
             c.num_kv_heads,
@@ -90,7 +92,7 @@ class Block(nn.Module):
             name="attention",
         )(y_BTD, cache, context)
         x_BTD = x_BTD + nn.Dropout(c.residual_dropout)(y_BTD, deterministic=off)
-        y_BTD = layer_norm(c.norm_eps, c.dtype, "mlp_norm")(x_BTD)
+        y_BTD = LayerNorm(c.norm_eps, c.dtype, name="mlp_norm")(x_BTD)
         y_BTD = MLP(c.mlp_size or 0, c.activation, c.dtype, name="mlp")(y_BTD)
         x_BTD = x_BTD + nn.Dropout(c.residual_dropout)(y_BTD, deterministic=off)
         return site(self, "out", x_BTD), (cache, entered)
@@ -107,7 +109,7 @@ class GPT2(Transformer):
         return {
             "positions": Embed(c.max_positions, c.hidden_size, c.dtype),
             "embed_dropout": nn.Dropout(c.dropout),
-            "final_norm": layer_norm(c.norm_eps, c.dtype),
+            "final_norm": LayerNorm(c.norm_eps, c.dtype),
             **self.head_parts(),
         }
 

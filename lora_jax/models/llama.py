@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lora_jax.models.attention import Attention, Context
-from lora_jax.models.blocks import GatedMLP, RMSNorm
+from lora_jax.models.blocks import GatedMLP
 from lora_jax.models.family import Family
 from lora_jax.models.llama_config import (
     MODEL_TYPES,
@@ -23,6 +23,7 @@ from lora_jax.models.llama_config import (
     ignored,
     tensors,
 )
+from lora_jax.models.norms import RMSNorm
 from lora_jax.models.sites import site
 from lora_jax.models.transformer import Cache, Transformer
 

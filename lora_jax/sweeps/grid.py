@@ -91,13 +91,18 @@ def members(base: Mapping[str, Any], overrides: Iterable[Overrides]) -> list[Mem
     complete = to_dict(from_dict(base))
     found = []
     for override in overrides:
-        config = complete
-        # A kind first: it decides which other fields there are.
-        for key in sorted(override, key=lambda k: not k.endswith("kind")):
-            config = configs.assign(config, key, override[key])
-        experiment = from_dict(config)
+        experiment = from_dict(assign_all(complete, override))
         found.append(Member(member_name(experiment), dict(override), experiment))
     return found
+
+
+def assign_all(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """An expanded config with some fields replaced, by dotted path."""
+    config = dict(config)
+    # A kind first: it decides which other fields there are.
+    for key in sorted(overrides, key=lambda k: not k.endswith("kind")):
+        config = configs.assign(config, key, overrides[key])
+    return config
 
 
 def unique(members: Iterable[Member]) -> list[Member]:

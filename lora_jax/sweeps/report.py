@@ -1,16 +1,20 @@
-"""A sweep's table and plots: `results.csv`, PNG files, and `report.html` that shows them all."""
+"""A sweep's table, `results.csv`, and its page, `report.html`, which needs no other file."""
 
 from __future__ import annotations
 
+import base64
 import html
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from lora_jax import statistics
 from lora_jax.runs import RESULT
+from lora_jax.sweeps import plots
 from lora_jax.sweeps.grid import Member
 
 CSV = "results.csv"
@@ -51,68 +55,72 @@ def write_csv(frame: pd.DataFrame, path: Path) -> None:
     part.replace(path)
 
 
-def plots(frame: pd.DataFrame, keys: Sequence[str], metric: str, folder: Path) -> list[Path]:
-    """One plot for each field that the sweep varied: the metric over it, a line for each
-    combination of the others, seeds averaged with their spread."""
-    import matplotlib
+def differences(
+    frame: pd.DataFrame, keys: Sequence[str], metric: str, higher_is_better: bool
+) -> pd.DataFrame:
+    """Each value of a varied field against the best one, over members alike in all other fields.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    if metric not in frame or frame[metric].dropna().empty:
-        return []
-    paths = []
-    seeds = [k for k in keys if k.rsplit(".", 1)[-1].endswith("seed")]
-    varied = [k for k in keys if k not in seeds and frame[k].nunique(dropna=False) > 1]
-    for key in varied:
-        figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-        others = [k for k in varied if k != key]
-        groups = frame.groupby(others, dropna=False) if others else [((), frame)]
-        for name, part in groups:
-            stats = part.groupby(key, sort=True, dropna=False)[metric].agg(["mean", "std"])
-            label = ", ".join(
-                f"{o.split('.')[-1]}={n}" for o, n in zip(others, _tuple(name), strict=True)
-            )
-            axes.errorbar(
-                range(len(stats)) if stats.index.dtype == object else stats.index,
-                stats["mean"], stats["std"].fillna(0.0), label=label or None, marker="o", capsize=3,
-            )  # fmt: skip
-            if stats.index.dtype == object:
-                axes.set_xticks(range(len(stats)), [str(x) for x in stats.index], rotation=20)
-        if pd.api.types.is_numeric_dtype(frame[key]) and frame[key].min() > 0:
-            axes.set_xscale("log")
-        axes.set(xlabel=key, ylabel=metric)
-        if others:
-            axes.legend(fontsize="x-small")
-        path = folder / f"{metric}_over_{key.replace('.', '_')}.png"
-        figure.savefig(path, dpi=120)
-        pyplot.close(figure)
-        paths.append(path)
-    return paths
-
-
-def _tuple(name: Any) -> tuple[Any, ...]:
-    return name if isinstance(name, tuple) else (name,)
+    Columns: field, value, against, difference (value - against), low, high (95 % interval of the
+    mean), pairs. Members that did not finish are in no pair.
+    """
+    done = frame[frame["status"] == "finished"] if "status" in frame else frame
+    rows = []
+    for key in plots.varied(done, keys):
+        others = [k for k in keys if k != key]
+        by_value: dict[Any, dict[int, float]] = {}
+        places: dict[str, int] = {}
+        for _, row in done.iterrows():
+            place = places.setdefault(json.dumps([str(row[k]) for k in others]), len(places))
+            by_value.setdefault(row[key], {})[place] = float(row[metric])
+        means = {
+            value: statistics.mean(list(found.values())).value for value, found in by_value.items()
+        }
+        best = (max if higher_is_better else min)(means, key=lambda value: means[value])
+        for value, found in by_value.items():
+            gap = statistics.paired(found, by_value[best])
+            if value != best and gap is not None:
+                rows.append((key, value, best, gap.value, gap.low, gap.high, gap.n))
+    names = ["field", "value", "against", "difference", "low", "high", "pairs"]
+    return pd.DataFrame(rows, columns=names)
 
 
 def write_html(
-    frame: pd.DataFrame, images: Sequence[Path], summary: Mapping[str, Any], path: Path
+    frame: pd.DataFrame,
+    gaps: pd.DataFrame,
+    images: Sequence[Path],
+    summary: Mapping[str, Any],
+    path: Path,
 ) -> None:
-    """One page: the summary, the table, the plots beside it as files."""
+    """One page: the summary, the table, paired differences, and the plots inside it."""
     facts = "".join(
         f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>"
         for k, v in summary.items()
     )
     shown = "".join(
-        f'<img src="{html.escape(p.name)}" alt="{html.escape(p.stem)}">' for p in images
+        f'<figure><img alt="{html.escape(p.stem)}" src="data:image/png;base64,{_encoded(p)}">'
+        f"<figcaption>{html.escape(p.stem.replace('_', ' '))}</figcaption></figure>"
+        for p in images
     )
+    pairs = gaps.to_html(index=False, float_format=_number) if len(gaps) else "<p>None.</p>"
     page = (
-        "<!doctype html><meta charset='utf-8'><title>sweep</title>"
+        "<!doctype html><html lang='en'><meta charset='utf-8'><title>sweep</title>"
         "<style>body{font-family:sans-serif;margin:2em}table{border-collapse:collapse}"
-        "td,th{border:1px solid #ccc;padding:.2em .6em;text-align:right}img{max-width:45em}</style>"
-        f"<h1>Sweep</h1><table>{facts}</table><h2>Members</h2>{frame.to_html(index=False)}"
-        f"<h2>Plots</h2>{shown}"
+        "td,th{border:1px solid #ccc;padding:.2em .6em;text-align:right}"
+        "img{max-width:45em}figure{display:inline-block;margin:1em}</style>"
+        f"<h1>Sweep</h1><table>{facts}</table>"
+        f"<h2>Members</h2>{frame.to_html(index=False, float_format=_number)}"
+        "<h2>Paired differences</h2><p>Each value against the best of its field, over members that "
+        "are alike in all other fields; 95 % intervals of the mean.</p>"
+        f"{pairs}<h2>Plots</h2>{shown}</html>"
     )
     part = path.with_suffix(".part")
     part.write_text(page, encoding="utf-8")
     part.replace(path)
+
+
+def _encoded(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
+
+
+def _number(x: float) -> str:
+    return "–" if math.isnan(x) else f"{x:.5g}"

@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from lora_jax.errors import UserError
 from lora_jax.experiment import from_dict, to_dict
 from lora_jax.plan import device_bytes, device_memory
 from lora_jax.runs import RESULT, begin, environment, evaluate_base, write_json
-from lora_jax.sweeps import grid, pack, planner, report, search
+from lora_jax.sweeps import grid, pack, planner, plots, report, search
 from lora_jax.sweeps.grid import Member
 from lora_jax.sweeps.train import Done, Trainer
 from lora_jax.workbench import Workbench
@@ -74,7 +74,9 @@ def sweep(
     progress: bool = True,
 ) -> dict[str, Any]:
     """Trains the members of `spec`'s grid; returns what `result.json` holds."""
-    return Sweep(spec, Path(workdir), overrides, options, progress).run()
+    base = to_dict(from_dict(configs.load_file(spec), overrides))
+    sweeps = grid.generators(spec, options.generators)
+    return Sweep(base, sweeps, Path(workdir), options, progress).run()
 
 
 @dataclasses.dataclass
@@ -89,14 +91,23 @@ class Prepared:
 
 
 class Sweep:
-    """See `sweep`."""
+    """See `sweep`.
+
+    Args:
+      base: a config.
+      sweeps: override dicts by the name of their generator; they cross.
+    """
 
     def __init__(
-        self, spec: str, workdir: Path, overrides: Sequence[str], options: Options, progress: bool
+        self,
+        base: Mapping[str, Any],
+        sweeps: Mapping[str, Sequence[grid.Overrides]],
+        workdir: Path,
+        options: Options = Options(),
+        progress: bool = True,
     ):
         self.workdir, self.options, self.progress = workdir, options, progress
-        base = to_dict(from_dict(configs.load_file(spec), overrides))
-        self.sweeps = grid.generators(spec, options.generators)
+        self.sweeps = sweeps
         combos = grid.cross(self.sweeps)
         if options.random is not None:
             combos = grid.sample(combos, options.random, options.seed)
@@ -104,6 +115,7 @@ class Sweep:
         self.members = grid.unique(self.grid)
         self.keys = sorted({key for combo in combos for key in combo})
         self._benches: dict[str, Workbench] = {}
+        self._update_seconds = 0.0
 
     @property
     def folder(self) -> Path:
@@ -251,10 +263,12 @@ class Sweep:
             TextColumn("steps"), TimeRemainingColumn(), disable=not self.progress,
         ) as bar:  # fmt: skip
             line = bar.add_task("pack", total=total, note=f"{len(one.plan.members)} members")
-            Trainer(
+            trainer = Trainer(
                 one.program, members, folder=lambda m: self.folder / m.name, base=base,
                 done=done, stopper=stopper, progress=lambda n: bar.advance(line, n),
-            ).run()  # fmt: skip
+            )  # fmt: skip
+            trainer.run()
+        self._update_seconds += trainer.update_seconds
 
     def _chosen(self, one: Prepared) -> tuple[Iterable[Member], Done]:
         """The pack's members in the order to train them, and who is told of their results."""
@@ -296,6 +310,7 @@ class Sweep:
             "packs": len(ready),
             "programs_compiled": sum(r.compiled for r in ready),
             "modes": [r.mode for r in ready],
+            "update_seconds": self._update_seconds,
             "expected_seconds": sum(r.seconds for r in ready),
             "seconds": time.perf_counter() - began,
             "dry": dry,
@@ -305,8 +320,12 @@ class Sweep:
     def _close(self, result: dict[str, Any]) -> dict[str, Any]:
         frame = report.table(self.members, self.folder)
         report.write_csv(frame, self.workdir / report.CSV)
-        images = report.plots(frame, self.keys, self.task.principal, self.workdir)
-        report.write_html(frame, images, result, self.workdir / "report.html")
+        metric, higher = self.task.principal, self.task.higher_is_better
+        images = plots.draw(frame, self.keys, metric, higher, self.workdir)
+        gaps = (
+            report.differences(frame, self.keys, metric, higher) if metric in frame else frame[:0]
+        )
+        report.write_html(frame, gaps, images, result, self.workdir / "report.html")
         write_json(self.workdir / RESULT, result)
         print(frame.to_string(index=False))
         return result

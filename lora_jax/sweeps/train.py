@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ class Trainer:
         self._slots: list[Slot | None] = [None] * program.shape.slots
         self._states = program.empty()
         self._pending: list[tuple[dict[int, int], dict[str, jax.Array]]] = []
+        # Seconds in updates alone: a step is dispatched, and waited for when it is read.
+        self.update_seconds = 0.0
 
     def run(self) -> None:
         """Until every member has a result. SIGTERM saves all slots and raises Interrupted."""
@@ -95,6 +98,7 @@ class Trainer:
             self._end([index])
 
     def _step(self) -> None:
+        began = time.perf_counter()
         live = self._live()
         for cursor in {id(self._at(i).cursor): self._at(i).cursor for i in live}.values():
             cursor.advance()
@@ -108,6 +112,7 @@ class Trainer:
         for index in live:
             self._at(index).took()
         self._pending.append(({i: self._at(i).step for i in live}, metrics))
+        self.update_seconds += time.perf_counter() - began
         self._progress(len(live))
 
     def _attend(self) -> None:
@@ -150,10 +155,12 @@ class Trainer:
 
     def _read(self) -> None:
         """Hands the metrics of the steps since the last time to their slots."""
+        began = time.perf_counter()
         for steps, metrics in jax.device_get(self._pending):
             for index, step in steps.items():
                 self._at(index).note(step, {name: x[index] for name, x in metrics.items()})
         self._pending = []
+        self.update_seconds += time.perf_counter() - began
 
     def _own(self, index: int) -> State:
         """A slot's state without padding."""

@@ -1,0 +1,7 @@
+"""Tables: published numbers beside measured ones. See `table.Table` for what a file defines."""
+
+from lora_jax.tables.published import Published
+from lora_jax.tables.table import Claim, Row, Table, load, run
+from lora_jax.tables.work import Computed, NotRun, Trained
+
+__all__ = ["Claim", "Computed", "NotRun", "Published", "Row", "Table", "Trained", "load", "run"]

@@ -1,0 +1,97 @@
+"""The papers' numbers: one CSV a table, as printed, and `_index.csv`, which says where from."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+import pandas as pd
+
+from lora_jax.errors import UserError, nearest
+
+_FOLDER = "published"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cited:
+    """A published number.
+
+    Attributes:
+      std: as published beside it; None where it is not.
+      status: how far it was checked: "verified-primary" was read in the paper itself.
+      source: paper and table.
+      notes: what is odd about the table, or where its sources disagree.
+    """
+
+    value: float
+    std: float | None
+    status: str
+    source: str
+    notes: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """Where a published number stands: `Published("lora_t02_glue", {"model": …}, "CoLA")`.
+
+    Args:
+      table: name of the CSV.
+      where: values of the columns that pick one row, compared as text.
+      column: of the number.
+      times: what to multiply it with to have our unit (0.01 for percent).
+    """
+
+    table: str
+    where: Mapping[str, Any]
+    column: str
+    times: float = 1.0
+
+    def look_up(self) -> Cited:
+        """Raises UserError for an unknown table, row or column, or where several rows fit."""
+        found = frame(self.table)
+        for name in (*self.where, self.column):
+            if name not in found:
+                raise UserError(
+                    f"{self.table}.csv has no column {name!r}; {nearest(name, found.columns)}"
+                )
+        rows = found
+        for name, value in self.where.items():
+            rows = rows[rows[name] == str(value)]
+        if len(rows) != 1:
+            raise UserError(f"{self.table}.csv has {len(rows)} rows with {dict(self.where)}")
+        row = rows.iloc[0]
+        if not row[self.column]:
+            raise UserError(f"{self.table}.csv has no number in {self.column!r} of {self.where}")
+        about = index().loc[self.table]
+        std = row.get(f"{self.column}_std", "")
+        own = [str(row[n]) for n in ("status", "note") if row.get(n)]
+        return Cited(
+            value=float(row[self.column]) * self.times,
+            std=float(std) * self.times if std else None,
+            status=str(row.get("status") or about["status"]),
+            source=f"{about['paper']}, {about['caption'].partition(':')[0]}",
+            notes="; ".join([*([str(about["notes"])] if about["notes"] else []), *own[1:]]),
+        )
+
+
+@functools.cache
+def index() -> pd.DataFrame:
+    """All published tables: paper, caption, status, source, notes, by name."""
+    return _read("_index").set_index("id")
+
+
+@functools.cache
+def frame(table: str) -> pd.DataFrame:
+    """A published table as text, cell by cell as printed."""
+    if table not in index().index:
+        raise UserError(f"no published table {table!r}; {nearest(table, index().index)}")
+    return _read(table)
+
+
+def _read(name: str) -> pd.DataFrame:
+    path = resources.files(__package__) / _FOLDER / f"{name}.csv"
+    with path.open(encoding="utf-8") as file:
+        return pd.read_csv(file, dtype=str, keep_default_na=False)

@@ -1,0 +1,191 @@
+"""A filled table as text: Markdown, CSV, LaTeX, HTML."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from lora_jax import statistics
+from lora_jax.tables.table import Filled, Line
+
+_HEADER = ("row", "metric", "published", "measured", "difference", "trainable", "seeds", "notes")
+
+
+def markdown(filled: Filled) -> str:
+    """The table with its footnotes, for a README or a terminal."""
+    cells, notes = _cells(filled)
+    lines = ["| " + " | ".join(_HEADER) + " |", "| " + " | ".join("---" for _ in _HEADER) + " |"]
+    lines += ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in cells]
+    parts = [f"### {filled.table.title}", "\n".join(lines), *_claims(filled)]
+    if notes:
+        parts.append("\n".join(f"{i}. {text}" for i, text in enumerate(notes, 1)))
+    return "\n\n".join([*parts, _foot(filled)]) + "\n"
+
+
+def latex(filled: Filled) -> str:
+    """A tabular with its footnotes under it (needs booktabs)."""
+    cells, notes = _cells(filled)
+    rows = [" & ".join(_tex(c) for c in row) + r" \\" for row in (_HEADER, *cells)]
+    body = "\n".join([r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule"])
+    under = "\n\n".join(_tex(f"[{i}] {text}") for i, text in enumerate(notes, 1))
+    columns = "ll" + "r" * (len(_HEADER) - 3) + "l"
+    return (
+        f"% {filled.table.title}\n\\begin{{tabular}}{{{columns}}}\n{body}\n\\end{{tabular}}\n\n"
+        f"{under}\n"
+    )
+
+
+def page(filled: Filled) -> str:
+    """One HTML page that needs nothing else."""
+    cells, notes = _cells(filled)
+    head = "".join(f"<th>{html.escape(c)}</th>" for c in _HEADER)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in cells
+    )
+    under = "".join(f"<li>{html.escape(text)}</li>" for text in notes)
+    claims = "".join(f"<p>{html.escape(text)}</p>" for text in _claims(filled))
+    title = html.escape(filled.table.title)
+    return (
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{title}</title>"
+        "<style>body{font-family:sans-serif;margin:2em}table{border-collapse:collapse}"
+        "td,th{border-bottom:1px solid #ccc;padding:.2em .7em;text-align:right}"
+        "td:first-child,td:nth-child(2){text-align:left}</style>"
+        f"<h1>{title}</h1><table><tr>{head}</tr>{body}</table>{claims}<ol>{under}</ol>"
+        f"<p>{html.escape(_foot(filled))}</p></html>\n"
+    )
+
+
+def write(filled: Filled, folder: Path, name: str) -> list[Path]:
+    """`name` with .csv, .md, .tex and .html in `folder`, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    forms: dict[str, Callable[[], str]] = {
+        "csv": lambda: filled.frame().to_csv(index=False),
+        "md": lambda: markdown(filled),
+        "tex": lambda: latex(filled),
+        "html": lambda: page(filled),
+    }
+    paths = []
+    for ending, form in forms.items():
+        path = folder / f"{name}.{ending}"
+        part = path.with_suffix(f".{ending}.part")
+        part.write_text(form(), encoding="utf-8")
+        part.replace(path)
+        paths.append(path)
+    return paths
+
+
+def _cells(filled: Filled) -> tuple[list[list[str]], list[str]]:
+    """(rows of text, footnotes): the same note is written once."""
+    notes: list[str] = list(filled.table.notes)
+    rows = []
+    for line in filled.lines:
+        marks = []
+        for text in _notes_of(line):
+            if text not in notes:
+                notes.append(text)
+            marks.append(str(notes.index(text) + 1))
+        rows.append(
+            [
+                line.row.row,
+                line.row.metric,
+                _published(line),
+                _measured(line.summary),
+                _difference(line),
+                _params(line),
+                str(line.summary.n) if line.summary else "0",
+                " ".join(f"[{m}]" for m in marks),
+            ]
+        )
+    return rows, notes
+
+
+def _notes_of(line: Line) -> list[str]:
+    found = []
+    if line.cited is not None:
+        found.append(f"published: {line.cited.source}, {line.cited.status}")
+        found += [line.cited.notes] if line.cited.notes else []
+    if line.measured.reason:
+        found.append(f"not run: {line.measured.reason}")
+    if line.measured.chosen:
+        chosen = ", ".join(f"{k}={v}" for k, v in line.measured.chosen.items())
+        found.append(f"chosen on the first seed: {chosen}")
+    return [*found, *line.row.notes]
+
+
+def _published(line: Line) -> str:
+    if line.cited is None:
+        return "–"
+    std = f" ± {number(line.cited.std)}" if line.cited.std is not None else ""
+    return number(line.cited.value) + std
+
+
+def _measured(summary: statistics.Summary | None) -> str:
+    if summary is None:
+        return "not run"
+    if math.isnan(summary.low):
+        return number(summary.value)
+    low, high = number(summary.low), number(summary.high)
+    return f"{number(summary.value)} ± {number(summary.std)} [{low}, {high}]"
+
+
+def _difference(line: Line) -> str:
+    if line.cited is None or line.summary is None:
+        return "–"
+    gap = line.summary.value - line.cited.value
+    return ("+" if gap >= 0 else "−") + number(abs(gap))
+
+
+def _params(line: Line) -> str:
+    counted = line.measured.trainable_params
+    shown = "–" if counted is None else f"{counted:,}"
+    return shown if line.row.formula is None else f"{shown} (formula {line.row.formula:,})"
+
+
+def _claims(filled: Filled) -> list[str]:
+    found = []
+    for claim, gap in filled.differences():
+        what = f"{claim.better} − {claim.worse}, {claim.metric}"
+        if gap is None:
+            found.append(f"{what}: not run")
+        elif math.isnan(gap.low):
+            found.append(f"{what}: {number(gap.value)} (one seed: no interval)")
+        else:
+            found.append(
+                f"{what}, paired over {gap.n} seeds: {number(gap.value)} "
+                f"[{number(gap.low)}, {number(gap.high)}]"
+            )
+    return found
+
+
+def _foot(filled: Filled) -> str:
+    kind = {
+        "mean": "mean ± std [95 % interval of the mean]",
+        "median": "median ± std [least, greatest]",
+    }
+    spent = sum(line.measured.seconds for line in filled.lines)
+    return (
+        f"Scale: {filled.scale}. Measured: {kind[filled.table.statistic]}. "
+        f"Computing took {spent / 60:.1f} minutes."
+    )
+
+
+def number(x: float | None) -> str:
+    """Four significant digits, with no exponent for what is readable without."""
+    if x is None or math.isnan(x):
+        return "–"
+    return f"{x:,.0f}" if abs(x) >= 1e4 else f"{x:.4g}"
+
+
+_TEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$",
+        "{": r"\{", "}": r"\}", "^": r"\^{}", "~": r"\~{}", "±": r"$\pm$", "−": "$-$", "–": "--",
+        "<": "$<$", ">": "$>$",
+    }
+)  # fmt: skip
+
+
+def _tex(text: str) -> str:
+    return text.translate(_TEX)

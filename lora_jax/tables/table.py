@@ -1,0 +1,199 @@
+"""A table: rows of published numbers beside our own, measured with seeds.
+
+An experiment file defines `table(scale)`; `run` measures what is missing and renders the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+
+from lora_jax import config as configs
+from lora_jax import statistics
+from lora_jax.errors import UserError
+from lora_jax.tables.published import Cited, Published
+from lora_jax.tables.work import Measured, Work
+
+Scale = Literal["smoke", "small", "paper"]
+SCALES: tuple[Scale, ...] = ("smoke", "small", "paper")
+COLUMNS = (
+    "row", "metric", "published", "status", "measured", "low", "high", "seeds", "trainable_params",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One number of a table.
+
+    Args:
+      row: its label: model and method.
+      metric: the column it stands in.
+      work: how ours is measured.
+      published: where the paper's stands, or None.
+      formula: trainable parameters by the paper's formula, to show beside what was counted.
+      notes: footnotes of this row alone.
+    """
+
+    row: str
+    metric: str
+    work: Work
+    published: Published | None = None
+    formula: int | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Folder of its runs."""
+        return re.sub(r"[^A-Za-z0-9.=-]+", "_", f"{self.row}_{self.metric}").strip("_")
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """ "`better` beats `worse`" in one metric: shown as a paired difference with its interval."""
+
+    better: str
+    worse: str
+    metric: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """What an experiment file's `table(scale)` returns.
+
+    Args:
+      title: paper and table.
+      statistic: over seeds, as in the paper: "mean" or "median".
+      seeds: how many, unless the command says.
+      claims: differences to show.
+      notes: footnotes of the whole table: where sources disagree, what differs from the paper.
+      cost: time on a stated machine.
+    """
+
+    title: str
+    rows: tuple[Row, ...]
+    statistic: statistics.Statistic = "mean"
+    seeds: int = 3
+    claims: tuple[Claim, ...] = ()
+    notes: tuple[str, ...] = ()
+    cost: str = ""
+
+    def __post_init__(self) -> None:
+        names = [row.name for row in self.rows]
+        if twice := sorted({n for n in names if names.count(n) > 1}):
+            raise UserError(f"two rows of {self.title!r} are called {twice[0]}")
+        known = {(row.row, row.metric) for row in self.rows}
+        for claim in self.claims:
+            for row in (claim.better, claim.worse):
+                if (row, claim.metric) not in known:
+                    raise UserError(f"a claim names {row!r} with {claim.metric!r}: no such row")
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A row after it was measured."""
+
+    row: Row
+    cited: Cited | None
+    measured: Measured
+    summary: statistics.Summary | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Filled:
+    """A table with its numbers."""
+
+    table: Table
+    scale: Scale
+    lines: tuple[Line, ...]
+
+    def frame(self) -> pd.DataFrame:
+        """`COLUMNS`, a row a line; empty cells where there is nothing."""
+        return pd.DataFrame([_cells(line) for line in self.lines], columns=list(COLUMNS))
+
+    def differences(self) -> list[tuple[Claim, statistics.Summary | None]]:
+        """Each claim with the paired difference better - worse over common seeds."""
+        values = {(x.row.row, x.row.metric): x.measured.values for x in self.lines}
+        return [
+            (c, statistics.paired(values.get((c.better, c.metric), {}),
+                                  values.get((c.worse, c.metric), {})))
+            for c in self.table.claims
+        ]  # fmt: skip
+
+
+def _cells(line: Line) -> dict[str, object]:
+    summary, cited = line.summary, line.cited
+    return {
+        "row": line.row.row,
+        "metric": line.row.metric,
+        "published": None if cited is None else cited.value,
+        "status": ("not run" if summary is None else "measured") if cited is None else cited.status,
+        "measured": None if summary is None else summary.value,
+        "low": None if summary is None or math.isnan(summary.low) else summary.low,
+        "high": None if summary is None or math.isnan(summary.high) else summary.high,
+        "seeds": 0 if summary is None else summary.n,
+        "trainable_params": line.measured.trainable_params,
+    }
+
+
+def load(spec: str, scale: str) -> Table:
+    """The table of an experiment file, `path.py`, at a scale.
+
+    Raises UserError for a file without `table(scale)` or an unknown scale.
+    """
+    if scale not in SCALES:
+        raise UserError(f"--scale is {scale!r}; it must be one of {', '.join(SCALES)}")
+    module = configs.load_module(spec)
+    if not hasattr(module, "table"):
+        raise UserError(f"{spec} defines no table(scale)")
+    return module.table(scale)
+
+
+def run(
+    table: Table,
+    scale: Scale,
+    workdir: Path,
+    *,
+    rows: str = "",
+    seeds: int | None = None,
+    progress: bool = True,
+    after: Callable[[Filled], object] = lambda _: None,
+) -> Filled:
+    """Measures what is missing, row by row; a row that cannot be run here says why.
+
+    Args:
+      rows: regex of the rows to measure, over "label / metric"; the others stand as not run.
+      seeds: in place of the table's own number.
+      after: called with the `Filled` so far after each row.
+    """
+    wanted = re.compile(rows)
+    numbers = list(range(seeds or table.seeds))
+    lines: list[Line] = []
+    for row in table.rows:
+        if wanted.search(f"{row.row} / {row.metric}"):
+            measured = _measure(row, workdir / scale / row.name, numbers, progress)
+        else:
+            measured = Measured({}, reason="left out by --rows")
+        lines.append(_line(table, row, measured))
+        after(Filled(table, scale, tuple(lines)))
+    return Filled(table, scale, tuple(lines))
+
+
+def _measure(row: Row, folder: Path, seeds: Sequence[int], progress: bool) -> Measured:
+    print(f"{row.row} / {row.metric}", flush=True)
+    try:
+        return row.work.measure(folder, seeds, progress)
+    except UserError as error:
+        return Measured({}, reason=str(error))
+
+
+def _line(table: Table, row: Row, measured: Measured) -> Line:
+    cited = row.published.look_up() if row.published else None
+    values = list(measured.values.values())
+    summary = statistics.summarize(values, table.statistic) if values else None
+    return Line(row, cited, measured, summary)

@@ -1,0 +1,176 @@
+"""How a cell of a table is measured: by training, by a function, or not, with the reason.
+
+A cell is done once: what it gave is kept in its folder, and a training is resumed where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from lora_jax import config as configs
+from lora_jax.errors import UserError
+from lora_jax.experiment import from_dict, to_dict
+from lora_jax.runs import write_json
+from lora_jax.sweeps import grid, search
+from lora_jax.sweeps.sweep import Options, Sweep
+
+Overrides = Mapping[str, Any]
+_DONE = "measured.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a cell gave.
+
+    Attributes:
+      values: the metric by seed.
+      trainable_params: of the model that gave it; None where nothing trains.
+      seconds: that it took, in all.
+      chosen: what was chosen for it on the first seed (`{"optimizer.learning_rate": 2e-3}`).
+      reason: why there is nothing, if there is nothing.
+    """
+
+    values: Mapping[int, float]
+    trainable_params: int | None = None
+    seconds: float = 0.0
+    chosen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    reason: str = ""
+
+
+class Work(Protocol):
+    def measure(self, folder: Path, seeds: Sequence[int], progress: bool) -> Measured:
+        """Does what is missing in `folder`; UserError where it cannot be done here."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """Runs of a config, one a seed, each an ordinary workdir under `members/`.
+
+    Args:
+      config: `path/of/config.py:arg`.
+      metric: of `result.json`; None: the task's principal one.
+      overrides: of the config, by dotted path.
+      grid: tried on the first seed, by dotted path; the best of them is run with all seeds. It is
+        chosen by the same metric on the same records as is reported, as the papers do.
+      vary: what a seed sets besides `seed`: by default the order of the data.
+    """
+
+    config: str
+    metric: str | None = None
+    overrides: Overrides = dataclasses.field(default_factory=dict)
+    grid: Sequence[Overrides] = ()
+    vary: Sequence[str] = ("data.seed", "training.dropout_seed")
+
+    def measure(self, folder: Path, seeds: Sequence[int], progress: bool) -> Measured:
+        base = grid.assign_all(to_dict(from_dict(configs.load_file(self.config))), self.overrides)
+        options = Options(mode="auto")
+        chosen: Overrides = {}
+        seconds = 0.0
+        if len(self.grid) > 1:
+            tried = [{**one, **self._seed(seeds[0])} for one in self.grid]
+            sweep = Sweep(base, {"grid": tried}, folder, options, progress)
+            seconds += self._run(sweep)
+            metric = self.metric or sweep.task.principal
+            scored = [
+                (self._value(result, metric), at)
+                for at, member in enumerate(sweep.grid)
+                if (result := _result(sweep, member)).get("status", "finished") == "finished"
+            ]
+            if not scored:
+                raise UserError(f"no run of the grid in {folder} finished: {list(self.grid)}")
+            best = max(scored) if sweep.task.higher_is_better else min(scored)
+            chosen = self.grid[best[1]]
+        elif self.grid:
+            chosen = self.grid[0]
+        runs = [{**chosen, **self._seed(seed)} for seed in seeds]
+        sweep = Sweep(base, {"seed": runs}, folder, options, progress)
+        seconds += self._run(sweep)
+        metric = self.metric or sweep.task.principal
+        values, params = {}, None
+        for seed, member in zip(seeds, sweep.grid, strict=True):
+            result = _result(sweep, member)
+            if result.get("status", "finished") != "finished":
+                continue
+            values[seed], params = self._value(result, metric), result["trainable_params"]
+        reason = "" if values else "every run diverged"
+        return Measured(values, params, self._spent(folder, seconds), chosen, reason)
+
+    def _value(self, result: Mapping[str, Any], metric: str) -> float:
+        if metric not in result["metrics"]:
+            raise UserError(
+                f"{self.config} gives no metric {metric!r}; it has {', '.join(result['metrics'])}"
+            )
+        return float(result["metrics"][metric])
+
+    def _seed(self, seed: int) -> dict[str, Any]:
+        return {"seed": seed, **dict.fromkeys(self.vary, seed)}
+
+    @staticmethod
+    def _run(sweep: Sweep) -> float:
+        """Seconds that it took; nothing where all is there already."""
+        waiting = [m for m in sweep.members if search.result(sweep.folder, m) is None]
+        return float(sweep.run()["seconds"]) if waiting else 0.0
+
+    @staticmethod
+    def _spent(folder: Path, seconds: float) -> float:
+        """Added to what earlier calls took."""
+        path = folder / "seconds.json"
+        before = json.loads(path.read_text()) if path.exists() else 0.0
+        if seconds:
+            write_json(path, before + seconds)
+        return float(before + seconds)
+
+
+def _result(sweep: Sweep, member: grid.Member) -> dict[str, Any]:
+    found = search.result(sweep.folder, member)
+    assert found is not None  # the sweep has just ended
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Computed:
+    """What a function gives: counts, times, searches.
+
+    Args:
+      function: (folder, seed) -> {"value": …, "trainable_params": maybe}; called once a seed.
+      seeded: whether the seed matters; if not, it is called once.
+    """
+
+    function: Callable[[Path, int], Mapping[str, Any]]
+    seeded: bool = False
+
+    def measure(self, folder: Path, seeds: Sequence[int], progress: bool) -> Measured:
+        path = folder / _DONE
+        done = json.loads(path.read_text()) if path.exists() else {}
+        for seed in seeds if self.seeded else seeds[:1]:
+            if str(seed) not in done:
+                began = time.perf_counter()
+                found = dict(self.function(folder, seed))
+                done[str(seed)] = {**found, "seconds": time.perf_counter() - began}
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(path, done)
+        rows = {int(seed): found for seed, found in done.items()}
+        params = next(
+            (r["trainable_params"] for r in rows.values() if "trainable_params" in r), None
+        )
+        return Measured(
+            {seed: r["value"] for seed, r in rows.items()},
+            params,
+            sum(r["seconds"] for r in rows.values()),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class NotRun:
+    """A row of the published table that stands there without a number of ours."""
+
+    reason: str
+
+    def measure(self, folder: Path, seeds: Sequence[int], progress: bool) -> Measured:
+        return Measured({}, reason=self.reason)

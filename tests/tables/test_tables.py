@@ -1,0 +1,172 @@
+"""Tables: published numbers as printed, ours measured once, resumed, and rendered side by side."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from lora_jax import cli, statistics, tables
+from lora_jax.errors import UserError
+from lora_jax.tables import published, render
+from lora_jax.tables.table import COLUMNS
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+
+def test_published_numbers_are_found_with_status_and_notes() -> None:
+    where = {"model": "RoBERTa-base", "method": "LoRA"}
+    cited = tables.Published("lora_t02_glue", where, "CoLA", times=0.01).look_up()
+    assert (cited.value, cited.std) == (pytest.approx(0.634), pytest.approx(0.012))
+    assert cited.status == "verified-primary" and "MEDIAN" in cited.notes
+    assert cited.source == "LoRA 2106.09685v2, Table 2"
+    # A table with a status for each row.
+    li = tables.Published("li_t1_dint90", {"problem": "MNIST", "D": 44426}, "d_int90").look_up()
+    assert li.value == 290 and li.status == "verified-code+secondary" and "275" in li.notes
+
+
+@pytest.mark.parametrize(
+    ("table", "where", "column", "match"),
+    [
+        ("lora_t2_glue", {}, "CoLA", "did you mean lora_t02_glue"),
+        ("lora_t02_glue", {"model": "RoBERTa-base"}, "COLA", "no column 'COLA'; did you mean CoLA"),
+        ("lora_t02_glue", {"model": "RoBERTa-base"}, "CoLA", "has [2-9] rows"),
+        ("lora_t02_glue", {"model": "BERT"}, "CoLA", "has 0 rows"),
+    ],
+)
+def test_what_is_not_published_is_an_error(table: str, where: Any, column: str, match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        tables.Published(table, where, column).look_up()
+
+
+def test_every_published_table_is_in_the_index_and_readable() -> None:
+    folder = Path(published.__file__).parent / "published"
+    names = {p.stem for p in folder.glob("*.csv")} - {"_index"}
+    assert names == set(published.index().index)
+    for name in names:
+        assert len(published.frame(name)) > 0, name
+
+
+def test_summaries() -> None:
+    mean = statistics.mean([1.0, 2.0, 3.0])
+    # t(0.975, 2) = 4.302653: the interval's half is t·1/√3.
+    assert mean.value == 2.0 and mean.high - 2.0 == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    assert statistics.median([5.0, 1.0, 2.0]) == statistics.Summary(
+        2.0, 1.0, 5.0, pytest.approx(2.081666), 3
+    )
+    assert math.isnan(statistics.mean([1.0]).low)
+    gap = statistics.paired({0: 3.0, 1: 4.0, 2: 9.0}, {0: 2.0, 1: 3.0, 3: 0.0})
+    assert gap is not None and (gap.value, gap.n, gap.low) == (1.0, 2, 1.0)
+    assert statistics.paired({0: 1.0}, {1: 1.0}) is None
+
+
+def counting(calls: list[int]) -> Any:
+    def function(folder: Path, seed: int) -> dict[str, Any]:
+        calls.append(seed)
+        return {"value": 10.0 + seed, "trainable_params": 7}
+
+    return function
+
+
+def a_table(calls: list[int]) -> tables.Table:
+    cited = tables.Published("li_t1_dint90", {"problem": "MNIST", "D": 44426}, "d_int90")
+    return tables.Table(
+        "A table",
+        (
+            tables.Row("a & b", "d90", tables.Computed(counting(calls), seeded=True), cited),
+            tables.Row("c", "d90", tables.Computed(lambda f, s: {"value": 1.0})),
+            tables.Row("d", "d90", tables.NotRun("no such model here"), cited, formula=12),
+        ),
+        claims=(tables.Claim("a & b", "c", "d90"),),
+        notes=("the same for all",),
+    )
+
+
+def test_what_is_measured_once_is_kept(tmp_path: Path) -> None:
+    calls: list[int] = []
+    tables.run(a_table(calls), "small", tmp_path, seeds=2)
+    filled = tables.run(a_table(calls), "small", tmp_path, seeds=3)
+    assert calls == [0, 1, 2]
+    frame = filled.frame()
+    assert tuple(frame.columns) == COLUMNS
+    first, second, third = (frame.iloc[i] for i in range(3))
+    assert (first["measured"], first["seeds"], first["trainable_params"]) == (11.0, 3, 7)
+    assert first["low"] < 11.0 < first["high"] and first["published"] == 290
+    assert (second["seeds"], second["status"]) == (1, "measured") and pd.isna(second["low"])
+    assert third["seeds"] == 0 and pd.isna(third["measured"]) and third["published"] == 290
+
+
+def test_forms(tmp_path: Path) -> None:
+    filled = tables.run(a_table([]), "small", tmp_path)
+    paths = render.write(filled, tmp_path / "out", "name")
+    assert {p.suffix for p in paths} == {".csv", ".md", ".tex", ".html"}
+    assert not list((tmp_path / "out").glob("*.part"))
+    again = pd.read_csv(tmp_path / "out" / "name.csv")
+    pd.testing.assert_frame_equal(again, filled.frame(), check_dtype=False)
+    text = (tmp_path / "out" / "name.md").read_text()
+    assert "| a & b | d90 | 290 | 11 ± 1 [8.516, 13.48] | −279 | 7 | 3 |" in text
+    assert "not run: no such model here" in text and "(formula 12)" in text
+    assert "a & b − c, d90: 9 (one seed: no interval)" in text
+    assert "1. the same for all" in text and text.count("published: Li 1804.08838") == 1
+    assert r"a \& b & d90" in (tmp_path / "out" / "name.tex").read_text()
+    assert "a &amp; b" in (tmp_path / "out" / "name.html").read_text()
+
+
+def test_mistakes_in_a_table() -> None:
+    row = tables.Row("a", "m", tables.NotRun("x"))
+    with pytest.raises(UserError, match="two rows"):
+        tables.Table("t", (row, row))
+    with pytest.raises(UserError, match="claim names 'b'"):
+        tables.Table("t", (row,), claims=(tables.Claim("a", "b", "m"),))
+
+
+def test_a_training_is_chosen_by_its_grid_and_resumed(tiny_config: Any, tmp_path: Path) -> None:
+    config = tmp_path / "config.py"
+    config.write_text(f"def get_config():\n    return {tiny_config(training={'steps': 2})!r}\n")
+    experiment = tmp_path / "exp.py"
+    experiment.write_text(
+        f"""
+from lora_jax.tables import Row, Table, Trained
+GRID = [{{"optimizer.learning_rate": r}} for r in (1e-9, 3e-2)]
+def table(scale):
+    work = Trained({str(config)!r}, "rouge1" if scale == "paper" else None, grid=GRID)
+    return Table("tiny", (Row("r", "m", work),), seeds=2)
+"""
+    )
+    arguments = ["table", str(experiment), "--workdir", str(tmp_path / "w"), "--quiet"]
+    assert cli.main([*arguments, "--scale", "small"]) == 0
+    frame = pd.read_csv(tmp_path / "w" / "exp.csv")
+    assert frame.loc[0, "seeds"] == 2 and frame.loc[0, "trainable_params"] > 0
+    members = sorted((tmp_path / "w" / "small" / "r_m" / "members").iterdir())
+    results = [json.loads((m / "result.json").read_text()) for m in members]
+    # Two rates on seed 0, the better one again on seed 1.
+    rates = [(r["config"]["optimizer"]["learning_rate"], r["seed"]) for r in results]
+    assert len(rates) == 3 and {s for _, s in rates} == {0, 1}
+    times = {m: (m / "result.json").stat().st_mtime_ns for m in members}
+    assert cli.main([*arguments, "--scale", "small"]) == 0
+    assert times == {m: (m / "result.json").stat().st_mtime_ns for m in members}
+    # A metric that the task does not have is said, and the row stands as not run.
+    assert cli.main([*arguments, "--scale", "paper"]) == 0
+    assert "gives no metric 'rouge1'" in (tmp_path / "w" / "exp.md").read_text()
+    assert cli.main([*arguments, "--scale", "large"]) == 2
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*_table*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("scale", ["smoke", "small", "paper"])
+def test_every_table_is_well_formed(path: Path, scale: str) -> None:
+    """Its published numbers are found; what it would run is a config that builds."""
+    from lora_jax import config as configs
+    from lora_jax.experiment import from_dict, to_dict
+    from lora_jax.sweeps import grid
+
+    for row in tables.load(str(path), scale).rows:
+        if row.published is not None:
+            assert math.isfinite(row.published.look_up().value)
+        if isinstance(row.work, tables.Trained):
+            base = to_dict(from_dict(configs.load_file(row.work.config)))
+            for one in row.work.grid or [{}]:
+                from_dict(grid.assign_all(base, {**row.work.overrides, **one}))
