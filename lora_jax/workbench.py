@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import pretrained, training
@@ -21,6 +22,7 @@ from lora_jax.data.tasks.text import Text
 from lora_jax.errors import UserError
 from lora_jax.experiment import Experiment, to_dict
 from lora_jax.tensors import adapt
+from lora_jax.tensors.quantized import quantize
 from lora_jax.training import decoding, evaluation, loss, prompts
 
 Batch = dict[str, Any]
@@ -55,6 +57,13 @@ class Workbench:
         return model, self.experiment.method.arrange(params)
 
     def _load(self) -> tuple[Any, Any]:
+        """(model, parameters), quantised where `model.quantize` asks for it.
+
+        The dense model then lies in the host's memory, and its leaves go to the device one at a
+        time (a stack of layers is one leaf) to be quantised there: it is never whole on an
+        accelerator. On a mesh it is, in its shards, until it is quantised; the quantised leaves
+        are whole on every device of it.
+        """
         m = self.experiment.model
         if m.shape is not None:
             raise UserError("model.shape has no weights to train: set model.source instead")
@@ -63,7 +72,8 @@ class Workbench:
         if self.mesh is not None:
             shardings = training.load_shardings(self.mesh, self.sharding_rules)
             placed = {"mesh": self.mesh, "shardings": shardings}
-        return pretrained.load_pretrained(
+        load = functools.partial(
+            pretrained.load_pretrained,
             m.source,
             dtype=m.dtype,
             compute_dtype=m.compute_dtype,
@@ -74,6 +84,17 @@ class Workbench:
             **head,
             **placed,
         )
+        if m.quantize is None:
+            return load()
+        if self.mesh is not None:
+            model, params = load()
+            params = quantize(params, m.quantize)
+            places = training.shardings(params, self.mesh, self.sharding_rules)
+            return model, jax.device_put(params, places)
+        (device,) = jnp.zeros(()).devices()
+        with jax.default_device(_host()):
+            model, params = load()
+        return model, quantize(params, m.quantize, device=device)
 
     @property
     def sharding_rules(self) -> Any:
@@ -272,6 +293,8 @@ class Workbench:
         format, drawn by `data.seed`; an answer ends with its line.
         """
         e = self.experiment.evaluation
+        if not e.base_shots:
+            return {}, []
         picked = np.random.default_rng(self.experiment.data.seed).permutation(
             len(self.train_records)
         )
@@ -296,7 +319,8 @@ class Workbench:
             if best is None or cost < best[0]:
                 named = {f"base_{n}": v for n, v in found.items()}
                 best = cost, {**named, "base_shots": float(k)}, answers
-        return (best[1], best[2]) if best else ({}, [])
+        assert best is not None
+        return best[1], best[2]
 
     def _solved(self, record: Any) -> str:
         t = self.tokenizer
@@ -332,6 +356,16 @@ class Workbench:
         run = jax.jit(self.loss_sums)
         sums = [run(variables, _arrays(b)) for b in self.general_batches]
         return {"general_loss": mean_of(sums)}
+
+
+def _host() -> Any:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        raise UserError(
+            "model.quantize loads the dense weights on the host, but JAX was told to leave its "
+            "CPU out: set JAX_PLATFORMS to cuda,cpu (or tpu,cpu), or leave it unset"
+        ) from None
 
 
 def mean_of(sums: Sequence[tuple[Any, Any]]) -> float:
