@@ -76,12 +76,16 @@ def timed(code: str, *args: str) -> tuple[float, str]:
     return time.perf_counter() - start, (done.stdout.strip().splitlines() or [""])[-1]
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--out", type=Path, help="JSON file")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
     seconds: dict[str, list[float]] = {}
     why = torch_peer.reason()
     if why:

@@ -24,6 +24,7 @@ class ModelConfig:
     remat: str = "none"  # none | full | dots
     unroll: int = 1  # layers per iteration of the scan
     head_seed: int = 0  # of a head that the pretrained weights lack
+    quantize: Literal["nf4", "int8"] | None = None  # kernels of attention and MLP; see lj.quantize
     # The fields of a Hugging Face config.json in place of `source`: a shape with no weights,
     # for `lora-jax plan`.
     shape: Any = None

@@ -161,7 +161,9 @@ def finish(
         "status": "finished",
         "metrics": metrics,
         "trainable_params": method.count(bench.params).total,
-        "total_params": sum(int(np.prod(x.shape)) for x in jax.tree.leaves(bench.params)),
+        "total_params": sum(
+            int(np.prod(x.shape)) for x in partition.flatten(bench.params).values()
+        ),
         "peak_memory_bytes": peak_memory_bytes(),
         **extra,
         "base_sha256": pretrained.base_sha256(experiment.model.source),

@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 from lora_jax import config, experiment
+from lora_jax.tables import published
 
 CONFIGS = sorted(pathlib.Path("configs").glob("*.py"))
 ARGUMENTS = {
@@ -24,12 +25,10 @@ def test_a_config_builds_and_is_complete(spec):
     assert experiment.to_dict(experiment.from_dict(complete)) == complete
 
 
-def test_e2e_settings_are_the_published_ones(shared):
+def test_e2e_settings_are_the_published_ones():
     """The paper's Table 11, as it was transcribed."""
-    import csv
-
-    with (shared / "published" / "lora_t11_hparams_gpt2.csv").open() as file:
-        row = next(r for r in csv.DictReader(file) if r["dataset"] == "E2E")
+    table = published.frame("lora_t11_hparams_gpt2")
+    row = table[table["dataset"] == "E2E"].iloc[0]
     parsed = experiment.from_dict(config.load_file("configs/e2e.py"))
     found = {
         "weight_decay": parsed.optimizer.weight_decay,

@@ -18,6 +18,7 @@ import numpy as np
 from lora_jax import partition
 from lora_jax.errors import UserError, nearest
 from lora_jax.methods.peft.protocol import AdapterFiles, ModelNames, NoPeftForm
+from lora_jax.tensors.base import is_weight
 
 Trainable = dict[str, Any]
 METHODS: dict[str, type[Method]] = {}
@@ -196,6 +197,11 @@ def whole_leaves(params: Any, patterns: tuple[str, ...]) -> list[str]:
     for path in flat:
         layers = partition.expand(path)
         hits = [any(partition.matches(p, e) for p in patterns) for e in layers]
+        if all(hits) and is_weight(flat[path]):
+            raise UserError(
+                f"train: {path!r} is a frozen {type(flat[path]).__name__} and cannot be trained "
+                "whole: leave it out of `train`, or of what is quantised"
+            )
         if all(hits):
             chosen.append(path)
         elif any(hits):

@@ -10,6 +10,7 @@ import jax
 
 from lora_jax import partition
 from lora_jax.methods import base
+from lora_jax.tensors.base import densify
 
 
 @base.register("full")
@@ -44,7 +45,7 @@ class FullFineTuning(base.Method):
         return {"params": partition.combine(params, trainable)}
 
     def merge(self, params: Any, trainable: base.Trainable) -> Any:
-        return partition.combine(params, trainable)
+        return densify(partition.combine(params, trainable))
 
     def count(self, params: Any) -> base.Counts:
         return base.Counts(base.count_whole(params, self.leaves(params)))

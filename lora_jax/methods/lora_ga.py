@@ -14,6 +14,8 @@ from lora_jax import partition
 from lora_jax.errors import UserError
 from lora_jax.methods import base, looking
 from lora_jax.methods.offset import Offset, Starts, as_factors, matrices
+from lora_jax.tensors.base import is_weight
+from lora_jax.tensors.summed import Summed
 
 
 @base.register("lora_ga", peft={"peft_type": "LORA"})
@@ -49,10 +51,13 @@ class LoRAGA(Offset):
         flat = partition.flatten(params)
 
         def total(targets: Any, params: Any, batch: Any) -> jax.Array:
-            return looking.loss(apply, partition.replace(params, targets), batch)
+            own = partition.flatten(params)
+            new = {p: Summed(own[p], x, p) if is_weight(own[p]) else x for p, x in targets.items()}
+            return looking.loss(apply, partition.replace(params, new), batch)
 
         gradient = jax.jit(jax.grad(total))
-        targets = {p: flat[p] for p in paths}
+        # Of a weight that is no array, the gradient is that of a zero added to it.
+        targets = {p: jnp.zeros(flat[p].shape) if is_weight(flat[p]) else flat[p] for p in paths}
         sums = gradient(targets, params, seen[0])
         for batch in seen[1:]:
             sums = jax.tree.map(jnp.add, sums, gradient(targets, params, batch))

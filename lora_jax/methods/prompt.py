@@ -14,6 +14,7 @@ from lora_jax.errors import UserError
 from lora_jax.methods import activations, base, peft
 from lora_jax.methods.activations import SITES
 from lora_jax.methods.peft import prompts
+from lora_jax.tensors.base import densify
 
 EMBEDDING = "embed/embedding"
 _STARTS = ("random", "vocabulary", "labels")
@@ -70,7 +71,7 @@ class PromptTuning(activations.ActivationMethod):
                 key, "prompt", (self.length, d), activations.Draw("uniform", self.init_range)
             )
         else:
-            rows_PD = self._of_tokens(key, partition.flatten(params)[EMBEDDING])
+            rows_PD = self._of_tokens(key, densify(partition.flatten(params)[EMBEDDING]))
         return {_PATH: {"rows": rows_PD}}
 
     def _of_tokens(self, key: jax.Array, table_VD: Any) -> jax.Array:

@@ -90,7 +90,7 @@ class ReLoRA(LoRA):
             w = densify(leaf.w) if not hasattr(leaf.w, "astype") else leaf.w
             new[path] = (w.astype(jnp.float32) + value["delta"] + leaf.delta()).astype(w.dtype)
         whole = {p: v for p, v in trainable.items() if p not in new}
-        return partition.combine(params, {**new, **whole})
+        return densify(partition.combine(params, {**new, **whole}))
 
     def unmerge(self, merged: Any, trainable: base.Trainable) -> Any:
         """Takes Δ + s·A·B off again; leaves trained whole stay as they are in `merged`."""

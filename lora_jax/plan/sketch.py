@@ -21,6 +21,7 @@ from lora_jax.pretrained import hub
 from lora_jax.pretrained.assemble import abstract_params
 from lora_jax.pretrained.folder import read_json
 from lora_jax.pretrained.load import build_model, family_of, open_source
+from lora_jax.tensors.quantized import quantize
 from lora_jax.workbench import Workbench
 
 
@@ -55,7 +56,7 @@ def plan_config(
 class Sketch(Workbench):
     """A workbench whose parameters are `ShapeDtypeStruct`s and whose data is one long example."""
 
-    def __init__(self, experiment: Experiment, mesh: Mesh):
+    def __init__(self, experiment: Experiment, mesh: Mesh | None = None):
         super().__init__(experiment, mesh)
 
     @functools.cached_property
@@ -74,7 +75,10 @@ class Sketch(Workbench):
             **head,
         }
         model = build_model(hf_config(m), options)
-        return model, abstract_params(family_of(model).tensors(model.config), _dtype(m.dtype))
+        params = abstract_params(family_of(model).tensors(model.config), _dtype(m.dtype))
+        if m.quantize is not None:
+            params = jax.eval_shape(functools.partial(quantize, rules=m.quantize), params)
+        return model, params
 
     @property
     def pad_id(self) -> int:

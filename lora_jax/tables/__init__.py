@@ -2,6 +2,17 @@
 
 from lora_jax.tables.published import Published
 from lora_jax.tables.table import Claim, Row, Table, load, run
-from lora_jax.tables.work import Computed, NotRun, Trained
+from lora_jax.tables.work import Computed, Counted, NotRun, Trained
 
-__all__ = ["Claim", "Computed", "NotRun", "Published", "Row", "Table", "Trained", "load", "run"]
+__all__ = [
+    "Claim",
+    "Computed",
+    "Counted",
+    "NotRun",
+    "Published",
+    "Row",
+    "Table",
+    "Trained",
+    "load",
+    "run",
+]

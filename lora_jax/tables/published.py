@@ -69,12 +69,18 @@ class Published:
         std = row.get(f"{self.column}_std", "")
         own = [str(row[n]) for n in ("status", "note") if row.get(n)]
         return Cited(
-            value=float(row[self.column]) * self.times,
+            value=_number(row[self.column]) * self.times,
             std=float(std) * self.times if std else None,
             status=str(row.get("status") or about["status"]),
             source=f"{about['paper']}, {about['caption'].partition(':')[0]}",
             notes="; ".join([*([str(about["notes"])] if about["notes"] else []), *own[1:]]),
         )
+
+
+def _number(text: str) -> float:
+    """As printed: "37.7M" is 37.7, in the unit of the column; "175B" is 175,000 of it."""
+    scale = 1e3 if text.endswith("B") else 1.0
+    return float(text.rstrip("MB%x")) * scale
 
 
 @functools.cache

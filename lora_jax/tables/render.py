@@ -164,7 +164,7 @@ def _foot(filled: Filled) -> str:
         "mean": "mean ± std [95 % interval of the mean]",
         "median": "median ± std [least, greatest]",
     }
-    spent = sum(line.measured.seconds for line in filled.lines)
+    spent = sum({x.measured.place: x.measured.seconds for x in filled.lines}.values())
     return (
         f"Scale: {filled.scale}. Measured: {kind[filled.table.statistic]}. "
         f"Computing took {spent / 60:.1f} minutes."

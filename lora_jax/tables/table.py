@@ -48,9 +48,9 @@ class Row:
     notes: tuple[str, ...] = ()
 
     @property
-    def name(self) -> str:
-        """Folder of its runs."""
-        return re.sub(r"[^A-Za-z0-9.=-]+", "_", f"{self.row}_{self.metric}").strip("_")
+    def folder(self) -> str:
+        """Where its runs are: the row's columns share a folder."""
+        return re.sub(r"[^A-Za-z0-9.=-]+", "_", self.row).strip("_")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +84,10 @@ class Table:
     cost: str = ""
 
     def __post_init__(self) -> None:
-        names = [row.name for row in self.rows]
+        names = [(row.row, row.metric) for row in self.rows]
         if twice := sorted({n for n in names if names.count(n) > 1}):
-            raise UserError(f"two rows of {self.title!r} are called {twice[0]}")
-        known = {(row.row, row.metric) for row in self.rows}
+            raise UserError(f"two rows of {self.title!r} are called {' / '.join(twice[0])}")
+        known = set(names)
         for claim in self.claims:
             for row in (claim.better, claim.worse):
                 if (row, claim.metric) not in known:
@@ -176,7 +176,7 @@ def run(
     lines: list[Line] = []
     for row in table.rows:
         if wanted.search(f"{row.row} / {row.metric}"):
-            measured = _measure(row, workdir / scale / row.name, numbers, progress)
+            measured = _measure(row, workdir / scale / row.folder, numbers, progress)
         else:
             measured = Measured({}, reason="left out by --rows")
         lines.append(_line(table, row, measured))

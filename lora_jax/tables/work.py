@@ -6,6 +6,7 @@ A cell is done once: what it gave is kept in its folder, and a training is resum
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +16,13 @@ from typing import Any, Protocol
 from lora_jax import config as configs
 from lora_jax.errors import UserError
 from lora_jax.experiment import from_dict, to_dict
+from lora_jax.plan.sketch import Sketch
 from lora_jax.runs import write_json
 from lora_jax.sweeps import grid, search
 from lora_jax.sweeps.sweep import Options, Sweep
+from lora_jax.training import MeshConfig
 
 Overrides = Mapping[str, Any]
-_DONE = "measured.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Measured:
       values: the metric by seed.
       trainable_params: of the model that gave it; None where nothing trains.
       seconds: that it took, in all.
+      place: folder of the runs: cells that are metrics of the same runs share it.
       chosen: what was chosen for it on the first seed (`{"optimizer.learning_rate": 2e-3}`).
       reason: why there is nothing, if there is nothing.
     """
@@ -40,11 +43,12 @@ class Measured:
     seconds: float = 0.0
     chosen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     reason: str = ""
+    place: str = ""
 
 
 class Work(Protocol):
     def measure(self, folder: Path, seeds: Sequence[int], progress: bool) -> Measured:
-        """Does what is missing in `folder`; UserError where it cannot be done here."""
+        """Does what is missing in `folder`, the row's; UserError where that cannot be done here."""
         ...
 
 
@@ -69,6 +73,7 @@ class Trained:
 
     def measure(self, folder: Path, seeds: Sequence[int], progress: bool) -> Measured:
         base = grid.assign_all(to_dict(from_dict(configs.load_file(self.config))), self.overrides)
+        folder = folder / self._place()
         options = Options(mode="auto")
         chosen: Overrides = {}
         seconds = 0.0
@@ -99,7 +104,13 @@ class Trained:
                 continue
             values[seed], params = self._value(result, metric), result["trainable_params"]
         reason = "" if values else "every run diverged"
-        return Measured(values, params, self._spent(folder, seconds), chosen, reason)
+        spent = self._spent(folder, seconds)
+        return Measured(values, params, spent, chosen, reason, str(folder))
+
+    def _place(self) -> str:
+        """The same for all metrics of the same runs."""
+        text = json.dumps([self.config, dict(self.overrides), [dict(g) for g in self.grid]])
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def _value(self, result: Mapping[str, Any], metric: str) -> float:
         if metric not in result["metrics"]:
@@ -140,13 +151,15 @@ class Computed:
     Args:
       function: (folder, seed) -> {"value": …, "trainable_params": maybe}; called once a seed.
       seeded: whether the seed matters; if not, it is called once.
+      name: of the file that keeps what it gave; "": the function's.
     """
 
     function: Callable[[Path, int], Mapping[str, Any]]
     seeded: bool = False
+    name: str = ""
 
     def measure(self, folder: Path, seeds: Sequence[int], progress: bool) -> Measured:
-        path = folder / _DONE
+        path = folder / f"{self.name or self.function.__name__}.json"
         done = json.loads(path.read_text()) if path.exists() else {}
         for seed in seeds if self.seeded else seeds[:1]:
             if str(seed) not in done:
@@ -163,7 +176,24 @@ class Computed:
             {seed: r["value"] for seed, r in rows.items()},
             params,
             sum(r["seconds"] for r in rows.values()),
+            place=str(path),
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """Trainable parameters, in millions: from the model's shapes alone, nothing is run."""
+
+    config: str
+    overrides: Overrides = dataclasses.field(default_factory=dict)
+
+    def measure(self, folder: Path, seeds: Sequence[int], progress: bool) -> Measured:
+        base = to_dict(from_dict(configs.load_file(self.config)))
+        experiment = from_dict(grid.assign_all(base, self.overrides))
+        # A count needs no mesh, and no devices for one.
+        bench = Sketch(dataclasses.replace(experiment, mesh=MeshConfig()))
+        total = experiment.method.count(bench.params).total
+        return Measured({seeds[0]: total / 1e6}, total)
 
 
 @dataclasses.dataclass(frozen=True)

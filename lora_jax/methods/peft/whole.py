@@ -12,11 +12,12 @@ from lora_jax import partition
 from lora_jax.errors import UserError
 from lora_jax.methods.peft.protocol import PREFIX, ModelNames, NoPeftForm, hf_name
 from lora_jax.methods.peft.targets import CLASSIFIERS, unit
+from lora_jax.tensors.base import densify
 
 
 def host(value: Any) -> np.ndarray:
-    """The array as NumPy's."""
-    return np.asarray(jax.device_get(value))
+    """The array, or what a weight stands for, as NumPy's."""
+    return np.asarray(jax.device_get(densify(value)))
 
 
 def add_whole(

@@ -1,0 +1,58 @@
+"""Inside an update ΔW: spectra, subspaces, amplification, intruders. Pure functions of arrays.
+
+Every function takes NumPy or JAX arrays and computes in the library and dtype of what it gets: on
+the host in float64, or inside `jit` and `vmap`. Matrices are [in, out] as in y = x·W, with leading
+batch axes wherever they make sense, and low-rank ones are factors A [in, r] and B [r, out]: a
+product A·B is never formed. `lora_jax.inside` applies this to whole adapters.
+"""
+
+from lora_jax.analysis.amplification import (
+    amplification,
+    projected_norm,
+    random_projected_norm,
+)
+from lora_jax.analysis.intruders import count_intruders, likeness
+from lora_jax.analysis.spectra import (
+    SVD,
+    effective_rank,
+    energy,
+    entropy_rank,
+    factored_svd,
+    norm,
+    numerical_rank,
+    rank_of_energy,
+    singular_values,
+    stable_rank,
+    svd,
+)
+from lora_jax.analysis.subspaces import (
+    captured_energy,
+    gaussian_directions,
+    random_similarity,
+    similarities,
+    similarity,
+)
+
+__all__ = [
+    "SVD",
+    "amplification",
+    "captured_energy",
+    "count_intruders",
+    "effective_rank",
+    "energy",
+    "entropy_rank",
+    "factored_svd",
+    "gaussian_directions",
+    "likeness",
+    "norm",
+    "numerical_rank",
+    "projected_norm",
+    "random_projected_norm",
+    "random_similarity",
+    "rank_of_energy",
+    "similarities",
+    "similarity",
+    "singular_values",
+    "stable_rank",
+    "svd",
+]

@@ -1,0 +1,171 @@
+"""Updates of what lies on disk: a run, an adapter of PEFT's or ours, or a fine-tuned model."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from lora_jax import partition, pretrained, runs
+from lora_jax.errors import UserError
+from lora_jax.inside.update import Update, live_columns, placed
+from lora_jax.inside.updates import updates
+from lora_jax.methods import FullFineTuning
+from lora_jax.methods.peft import PREFIX, lora_read, targets
+from lora_jax.pretrained import hub, own_form, staging
+from lora_jax.pretrained.folder import read_json
+
+_log = logging.getLogger(__name__)
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
+_HEAD = re.compile(r"(^|\.)(score|classifier(\.out_proj)?)(\.modules_to_save)?\.weight$")
+
+
+def open_updates(
+    path: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    dense: bool = False,
+    modules: str | None = None,
+) -> list[Update]:
+    """The updates of every matrix; see `updates` for `dense` and `modules`.
+
+    Args:
+      path: the workdir of a finished run, whose base is loaded too; an adapter's folder or hub
+        name (PEFT's, or of `save_adapter`); or a model of which all of it was trained, beside
+        its base.
+      base: where the base lies, as for `load_pretrained`. A PEFT LoRA is also read without: its
+        modules then have the names of the file, and nothing is known of the weights themselves.
+
+    Raises:
+      UserError: nothing of that kind there, or what `load_adapter` and `updates` raise.
+    """
+    folder = _folder(path)
+    if base_of(folder) is not None and base is None:
+        bench, method, trainable = runs.load_run(folder)
+        return updates(method, trainable, bench.params, dense=dense, modules=modules)
+    if (folder / "adapter" / CONFIG).is_file():
+        folder = folder / "adapter"
+    if not (folder / CONFIG).is_file():
+        return _of_model(folder, base, dense, modules)
+    if base is None:
+        return _of_file(folder, modules)
+    model, params = pretrained.load_pretrained(base, **_model_options(folder))
+    method, trainable = pretrained.load_adapter(folder, model, params)
+    return updates(method, trainable, params, dense=dense, modules=modules)
+
+
+def base_of(path: str | os.PathLike[str]) -> str | None:
+    """The base of a run, from its workdir; None for anything else."""
+    config = Path(path) / "config.json"
+    if not config.is_file():
+        return None
+    content = read_json(config)
+    if "method" not in content or not isinstance(content.get("model"), dict):
+        return None
+    return str(content["model"].get("source"))
+
+
+def _folder(path: str | os.PathLike[str]) -> Path:
+    return Path(path) if staging.is_there(Path(path)) else hub.resolve(path)
+
+
+def _of_model(
+    folder: Path, base: str | os.PathLike[str] | None, dense: bool, modules: str | None
+) -> list[Update]:
+    """What was trained of a whole model, as the difference to its base. Heads are left out."""
+    if base is None or not dense:
+        raise UserError(
+            f"{folder} holds no adapter and no finished run. If it is a model that was trained "
+            "whole, give its base and ask for differences of whole matrices: --base and --dense"
+        )
+    model, tuned = pretrained.load_pretrained(folder)
+    head = getattr(model.config, "head", "lm")
+    labels = {} if head in ("lm", "pooling", None) else {"num_labels": model.config.num_labels}
+    _, params = pretrained.load_pretrained(base, head=head, **labels)
+    old = partition.flatten(params)
+    trained = {
+        path: x
+        for path, x in partition.flatten(tuned).items()
+        if not (path.startswith("head/") and head != "lm")
+        and not (path in old and np.array_equal(x, old[path]))
+    }
+    return updates(FullFineTuning(), trained, params, dense=True, modules=modules)
+
+
+def _model_options(folder: Path) -> dict[str, Any]:
+    """The head that an adapter was trained with, so that its names and sizes are the base's."""
+    config = read_json(folder / CONFIG)
+    if config.get("task_type") == "FEATURE_EXTRACTION":
+        return {"head": None}
+    if config.get("task_type") != "SEQ_CLS":
+        return {}
+    for name, x in staging.read_whole(folder, _read)[1].items():
+        if name.startswith("head/") and name.endswith("kernel"):
+            return {"head": "classification", "num_labels": x.shape[-1]}
+        if _HEAD.search(name.removeprefix(PREFIX)):
+            return {"head": "classification", "num_labels": x.shape[0]}
+    return {"head": "classification"}
+
+
+def _of_file(folder: Path, modules: str | None) -> list[Update]:
+    """A PEFT LoRA from its two files alone."""
+    config, tensors = staging.read_whole(folder, _read)
+    kind = config.get("peft_type")
+    if kind == own_form.PEFT_TYPE:
+        kind = f"{config.get('method')}, in lora_jax's own form,"
+    elif kind == "LORA" and config.get("use_dora"):
+        kind = "DoRA"
+    if kind != "LORA":
+        raise UserError(f"{folder}: {kind} cannot be understood without its base: give --base")
+    lora_read.check_supported(config, str(folder))
+    stored: dict[str, dict[str, np.ndarray]] = {}
+    whole = []
+    for name, value in tensors.items():
+        if match := _FACTOR.fullmatch(name.removeprefix(PREFIX)):
+            stored.setdefault(match[1], {})[match[2]] = value.astype(np.float32)
+        else:
+            whole.append(name)
+    if whole:
+        _log.warning("left out, since trained whole: %s", ", ".join(whole))
+    found = [x for name, ab in stored.items() if (x := _update(folder, config, name, ab))]
+    if not found:
+        raise UserError(f"{folder / TENSORS} holds no factors")
+    return placed(found, modules)
+
+
+def _update(
+    folder: Path, config: dict[str, Any], name: str, ab: dict[str, np.ndarray]
+) -> Update | None:
+    if set(ab) != {"A", "B"}:
+        raise UserError(f"{folder}: {name} has only lora_{''.join(ab)}")
+    # (r, in, height, width) and (out, r, 1, 1) where it is a convolution.
+    a, b = ab["A"].reshape(len(ab["A"]), -1).T, ab["B"].reshape(len(ab["B"]), -1).T
+    r = a.shape[1]
+    if b.shape[0] != r:
+        raise UserError(f"{folder}: the factors of {name} are of ranks {r} and {b.shape[0]}")
+    told = targets.lookup(config.get("rank_pattern"), name, config.get("r", 8))
+    if told != r:
+        raise UserError(f"{folder}: {name} should have rank {told}, its factors have {r}")
+    alpha = targets.lookup(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
+    scale = np.float32(alpha / (r**0.5 if config.get("use_rslora") else r))
+    factors = live_columns(a, scale * b)
+    if factors is None:
+        return None
+    return Update(name, None, "", (a.shape[0], b.shape[1]), factors)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    config, file = read_json(folder / CONFIG), folder / TENSORS
+    if not file.is_file():
+        raise UserError(f"{file} does not exist (pickled adapters are not read)")
+    try:
+        with safe_open(file, framework="numpy") as handle:
+            return config, {n: handle.get_tensor(n) for n in handle.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{file} is not a whole safetensors file: {error}") from None

@@ -1,0 +1,196 @@
+"""The updates of all matrices that a method changed, whatever the method."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import partition
+from lora_jax.errors import UserError
+from lora_jax.inside.update import Update, live_columns, placed
+from lora_jax.tensors.base import is_weight
+from lora_jax.tensors.folding import Folding
+from lora_jax.tensors.low_rank import LowRank
+
+_log = logging.getLogger(__name__)
+Axes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
+def updates(
+    method: Any,
+    trainable: Mapping[str, Any],
+    params: Any,
+    *,
+    dense: bool = False,
+    modules: str | None = None,
+) -> list[Update]:
+    """The updates of every matrix that the method changed, in the order of the parameters.
+
+    Whatever a method calls itself: a leaf that it makes W + s·A·B, or something that multiplies
+    out to that (LoRA and its kin, AdaLoRA, VeRA, LoHa, PiSSA and others with their start taken
+    off), is analysed through its factors. Vectors (biases, norms) are no matrices and left out.
+
+    Args:
+      method, trainable: as from `load_adapter` or training.
+      params: the base's parameters, with no leaf taken out.
+      dense: also take updates that are not low-rank (DoRA, LoKr, IA3, ReLoRA, leaves trained
+        whole), as the difference of two matrices: decompositions as large as the weights.
+      modules: a regex of the modules to take, searched in `layers/3/attention/query`.
+
+    Raises:
+      UserError: nothing low-rank in it, and no `dense`; no matrix changed; a hole in `params`.
+    """
+    base = _float32(params) if dense else params
+    old = partition.flatten(base)
+    for path, leaf in old.items():
+        if isinstance(leaf, partition.Hole):
+            raise UserError(f"the base lacks {path!r}: give the parameters as they were loaded")
+    new = partition.flatten(method.combine(base, dict(trainable))["params"])
+    changed = {p: x for p, x in new.items() if x is not old[p] and _is_matrix(p, x)}
+    low = {p: parts for p, x in changed.items() if (parts := _low_rank(x, old[p]))}
+    other = [p for p in changed if p not in low]
+    if not changed:
+        raise UserError(
+            f"{method.name!r} changes no matrix of the model: there is no update to see"
+        )
+    odd = [p for p in other if is_weight(changed[p])] or ([] if low else other)
+    if odd and not dense:
+        raise UserError(
+            f"{method.name!r} changes {odd[0]!r} by more than a product of two factors. Ask for "
+            "differences of whole matrices: dense=True, on the command line --dense"
+        )
+    if other and not dense:
+        _log.warning("left out, since trained whole (dense takes them in): %s", ", ".join(other))
+        changed = {p: changed[p] for p in low}
+
+    @functools.lru_cache(maxsize=1)  # a stack of layers at a time
+    def host(path: str) -> np.ndarray:
+        return np.asarray(jax.device_get(_dense(old[path])))
+
+    @functools.lru_cache(maxsize=1)
+    def difference(path: str) -> np.ndarray:
+        after = np.asarray(jax.device_get(_dense(changed[path])))
+        return after.astype(np.float32) - host(path).astype(np.float32)
+
+    found: list[Update] = []
+    for path in changed:
+        axes = _axes_of(low[path][0]) if path in low else _usual_axes(path, old[path])
+        of_w = _Matrices(functools.partial(host, path), axes, tuple(old[path].shape))
+        of_delta = _Matrices(functools.partial(difference, path), axes, of_w.shape)
+        factors = _factors(low[path], of_w) if path in low else [None] * of_w.count
+        for at, (name, ab) in enumerate(zip(of_w.names(path), factors, strict=True)):
+            if ab is None and path in low:
+                continue  # a layer that is not adapted
+            delta = None if path in low else functools.partial(of_delta.get, at)
+            weight = functools.partial(of_w.get, at)
+            found.append(Update(name, None, "", of_w.matrix_shape, ab, delta, weight))
+    return placed(found, modules)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Matrices:
+    """A leaf as matrices [in, out], one at a time.
+
+    Attributes:
+      whole: gives the leaf's numbers.
+      axes: its (batch, input, output) axes.
+      shape: the leaf's.
+    """
+
+    whole: Callable[[], np.ndarray]
+    axes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    shape: tuple[int, ...]
+
+    def sizes(self, which: int) -> tuple[int, ...]:
+        return tuple(self.shape[i] for i in self.axes[which])
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.sizes(0))
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        return math.prod(self.sizes(1)), math.prod(self.sizes(2))
+
+    def get(self, at: int) -> np.ndarray:
+        batch, ins, outs = self.axes
+        moved = self.whole().transpose(*(i % len(self.shape) for i in (*batch, *ins, *outs)))
+        one = moved[np.unravel_index(at, self.sizes(0))] if batch else moved
+        return one.reshape(self.matrix_shape).astype(np.float32)
+
+    def names(self, path: str) -> Iterator[str]:
+        """Of every matrix: the module, and the expert or other copy in it where there are more."""
+        layers = partition.expand(path)
+        copies = self.count // len(layers)
+        for layer in layers:
+            name = re.sub(r"/(kernel|embedding|weight)$", "", layer.removesuffix("/value"))
+            yield from (f"{name}[{j}]" if copies > 1 else name for j in range(copies))
+
+
+def _float32(params: Any) -> Any:
+    """Differences are of numbers that were not rounded once more on the way."""
+
+    def widen(x: Any) -> Any:
+        if is_weight(x) or not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype == jnp.float32:
+            return x
+        return jnp.asarray(x, jnp.float32)
+
+    flat = partition.flatten(params)
+    return partition.unflatten_like(
+        params, {p: x if isinstance(x, partition.Hole) else widen(x) for p, x in flat.items()}
+    )
+
+
+def _is_matrix(path: str, leaf: Any) -> bool:
+    return len(leaf.shape) - (partition.stack_of(path) is not None) >= 2
+
+
+def _dense(leaf: Any) -> Any:
+    return leaf.dense() if is_weight(leaf) else leaf
+
+
+def _low_rank(leaf: Any, old: Any) -> list[LowRank]:
+    """The low-rank updates that stand over the old leaf; none where there is anything else."""
+    parts = []
+    while isinstance(leaf, LowRank | Folding):
+        parts.append(leaf.folded() if isinstance(leaf, Folding) else leaf)
+        leaf = leaf.w
+    return parts if leaf is old else []
+
+
+def _axes_of(leaf: LowRank) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    return leaf.batch_axes, leaf.in_axes, leaf.out_axes
+
+
+def _usual_axes(path: str, leaf: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Layers in front where there is a stack, outputs last, inputs between."""
+    stacked, n = int(partition.stack_of(path) is not None), len(leaf.shape)
+    return tuple(range(stacked)), tuple(range(stacked, n - 1)), (n - 1,)
+
+
+def _factors(
+    parts: Sequence[LowRank], of_w: _Matrices
+) -> list[tuple[np.ndarray, np.ndarray] | None]:
+    """(A, B) of every matrix of a leaf, without padding; None where it is all padding."""
+    batch, (n_in, n_out) = of_w.sizes(0), of_w.matrix_shape
+    pairs = []
+    for leaf in parts:
+        a, b = np.asarray(leaf.a, np.float32), np.asarray(leaf.b, np.float32)
+        r = a.shape[-1]
+        a = a.reshape(*a.shape[: a.ndim - len(leaf.in_axes) - 1], n_in, r)
+        b = b.reshape(*b.shape[: b.ndim - len(leaf.out_axes) - 1], r, n_out)
+        scale = np.asarray(leaf.scale, np.float32)[..., None, None]
+        a, b = np.broadcast_to(a, (*batch, n_in, r)), np.broadcast_to(scale * b, (*batch, r, n_out))
+        pairs.append((a.reshape(-1, n_in, r), b.reshape(-1, r, n_out)))
+    a = np.concatenate([x for x, _ in pairs], -1)
+    b = np.concatenate([x for _, x in pairs], -2)
+    return [live_columns(x, y) for x, y in zip(a, b, strict=True)]

@@ -1,0 +1,50 @@
+"""NF4 weights that bitsandbytes quantised, from the tensors it writes beside one another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.errors import UserError
+from lora_jax.tensors.nf4 import BLOCK, NESTED, NF4
+
+_STATE = "quant_state.bitsandbytes__nf4"
+
+
+def from_bitsandbytes(tensors: Mapping[str, Any], name: str, *, path: str = "") -> NF4:
+    """The weight (in, out) of a linear layer, whose tensor `name` is (out, in) and quantised.
+
+    Args:
+      tensors: of a checkpoint, as NumPy arrays: `name` (uint8), `name.absmax`,
+        `name.quant_state.bitsandbytes__nf4` (JSON as bytes) and, with double quantisation,
+        `name.nested_absmax`.
+
+    Raises:
+      UserError: a tensor is missing, or it is not NF4 in blocks of 64 (and 256).
+    """
+
+    def of(suffix: str) -> np.ndarray:
+        key = f"{name}.{suffix}" if suffix else name
+        if key not in tensors:
+            raise UserError(f"no tensor {key!r}: is {name!r} quantised to NF4 by bitsandbytes?")
+        return np.asarray(tensors[key])
+
+    state = json.loads(of(_STATE).tobytes())
+    nested = "nested_blocksize" in state
+    found = (state["quant_type"], state["blocksize"], state.get("nested_blocksize", NESTED))
+    if found != ("nf4", BLOCK, NESTED) or len(state["shape"]) != 2:
+        raise UserError(f"{name!r} is {found} of shape {state['shape']}, not ('nf4', 64, 256)")
+    return NF4(
+        codes=jnp.asarray(of("").reshape(-1)),
+        absmax=jnp.asarray(of("absmax")),
+        nested=jnp.asarray(of("nested_absmax")) if nested else None,
+        offset=jnp.asarray(state["nested_offset"], jnp.float32) if nested else None,
+        stored=tuple(state["shape"]),
+        order=(1, 0),
+        dtype_name=state["dtype"],
+        path=path or name,
+    )
