@@ -49,7 +49,9 @@ def pairs(one: Iterable[Update], other: Iterable[Update]) -> Iterator[tuple[Upda
 def similarity(
     one: Iterable[Update], other: Iterable[Update], side: Side = "a", most: int = 64
 ) -> pd.DataFrame:
-    """φ(i, j) of the first i and j directions, up to `most`: a heat map (Figures 3, 4, 6, 7) a matrix.
+    """φ(i, j) of the first i and j directions, each up to `most`, of every matrix.
+
+    A heat map each: Figures 3, 4, 6 and 7 of the LoRA paper.
 
     Columns: layer, module, path, i and j from 1, phi.
     """

@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from lora_jax import analysis
 from lora_jax.inside.frames import layer_map
@@ -86,7 +87,7 @@ def similarities(
     chosen = chosen or [None]
     modules = list(dict.fromkeys(frame["module"]))
     figure, panels = _grid(len(modules), len(chosen) + (sizes is not None), 2.3, 2.0)
-    image = None
+    image: AxesImage | None = None
     for row, module in zip(panels, modules, strict=True):
         rest = frame[frame["module"] == module]
         for axes, layer in zip(row, chosen, strict=False):
@@ -114,13 +115,13 @@ def similarities(
 
 def some_layers(layers: Iterable[int | None], count: int = 4) -> list[int]:
     """At most `count` from the first to the last, as the paper's figures choose theirs."""
-    every = sorted({int(x) for x in layers if not pd.isna(x)})
+    every = sorted({int(x) for x in layers if x is not None and not pd.isna(x)})
     if len(every) <= count:
         return every
     return [every[i] for i in np.linspace(0, len(every) - 1, count).round().astype(int)]
 
 
-def _heat(axes: Axes, phi: np.ndarray) -> object:
+def _heat(axes: Axes, phi: np.ndarray) -> AxesImage:
     p, q = phi.shape
     axes.tick_params(labelsize="x-small")
     return axes.imshow(

@@ -101,7 +101,8 @@ def placed(found: Sequence[Update], modules: str | None) -> list[Update]:
     """The updates whose paths match, with layer and module told from all the paths."""
     places = located([x.path for x in found])
     found = [
-        dataclasses.replace(x, layer=l, module=m) for x, (l, m) in zip(found, places, strict=True)
+        dataclasses.replace(x, layer=layer, module=module)
+        for x, (layer, module) in zip(found, places, strict=True)
     ]
     if modules is None:
         return found

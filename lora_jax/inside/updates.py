@@ -23,6 +23,7 @@ from lora_jax.tensors.low_rank import LowRank
 
 _log = logging.getLogger(__name__)
 Axes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+Reader = Callable[[str], np.ndarray]
 
 
 def updates(
@@ -50,18 +51,9 @@ def updates(
       UserError: nothing low-rank in it, and no `dense`; no matrix changed; a hole in `params`.
     """
     base = _float32(params) if dense else params
-    old = partition.flatten(base)
-    for path, leaf in old.items():
-        if isinstance(leaf, partition.Hole):
-            raise UserError(f"the base lacks {path!r}: give the parameters as they were loaded")
-    new = partition.flatten(method.combine(base, dict(trainable))["params"])
-    changed = {p: x for p, x in new.items() if x is not old[p] and _is_matrix(p, x)}
+    old, changed = _changed(method, trainable, base)
     low = {p: parts for p, x in changed.items() if (parts := _low_rank(x, old[p]))}
     other = [p for p in changed if p not in low]
-    if not changed:
-        raise UserError(
-            f"{method.name!r} changes no matrix of the model: there is no update to see"
-        )
     odd = [p for p in other if is_weight(changed[p])] or ([] if low else other)
     if odd and not dense:
         raise UserError(
@@ -70,30 +62,50 @@ def updates(
         )
     if other and not dense:
         _log.warning("left out, since trained whole (dense takes them in): %s", ", ".join(other))
-        changed = {p: changed[p] for p in low}
+    weights, differences = _on_host(old, changed)
+    found: list[Update] = []
+    for path in changed if dense else low:
+        axes = _axes_of(low[path][0]) if path in low else _usual_axes(path, old[path])
+        shape = tuple(old[path].shape)
+        of_w = _Matrices(functools.partial(weights, path), axes, shape)
+        of_delta = _Matrices(functools.partial(differences, path), axes, shape)
+        factors = _factors(low[path], of_w) if path in low else [None] * of_w.count
+        for at, (name, ab) in enumerate(zip(of_w.names(path), factors, strict=True)):
+            delta = None if path in low else functools.partial(of_delta.get, at)
+            if ab is None and (delta is None or not np.any(delta())):
+                continue  # a layer that is not adapted
+            weight = functools.partial(of_w.get, at)
+            found.append(Update(name, None, "", of_w.matrix_shape, ab, delta, weight))
+    if not found:
+        raise UserError(f"{method.name!r} changed no matrix of the model: there is nothing to see")
+    return placed(found, modules)
 
-    @functools.lru_cache(maxsize=1)  # a stack of layers at a time
-    def host(path: str) -> np.ndarray:
+
+def _changed(
+    method: Any, trainable: Mapping[str, Any], params: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(leaves of the base, leaves of the adapted model that are other ones and hold matrices)."""
+    old = partition.flatten(params)
+    for path, leaf in old.items():
+        if isinstance(leaf, partition.Hole):
+            raise UserError(f"the base lacks {path!r}: give the parameters as they were loaded")
+    new = partition.flatten(method.combine(params, dict(trainable))["params"])
+    return old, {p: x for p, x in new.items() if x is not old[p] and _is_matrix(p, x)}
+
+
+def _on_host(old: Mapping[str, Any], changed: Mapping[str, Any]) -> tuple[Reader, Reader]:
+    """(W, ΔW) by path, as NumPy arrays; of each only the last that was asked for is kept."""
+
+    @functools.lru_cache(maxsize=1)
+    def weight(path: str) -> np.ndarray:
         return np.asarray(jax.device_get(_dense(old[path])))
 
     @functools.lru_cache(maxsize=1)
     def difference(path: str) -> np.ndarray:
         after = np.asarray(jax.device_get(_dense(changed[path])))
-        return after.astype(np.float32) - host(path).astype(np.float32)
+        return after.astype(np.float32) - weight(path).astype(np.float32)
 
-    found: list[Update] = []
-    for path in changed:
-        axes = _axes_of(low[path][0]) if path in low else _usual_axes(path, old[path])
-        of_w = _Matrices(functools.partial(host, path), axes, tuple(old[path].shape))
-        of_delta = _Matrices(functools.partial(difference, path), axes, of_w.shape)
-        factors = _factors(low[path], of_w) if path in low else [None] * of_w.count
-        for at, (name, ab) in enumerate(zip(of_w.names(path), factors, strict=True)):
-            if ab is None and path in low:
-                continue  # a layer that is not adapted
-            delta = None if path in low else functools.partial(of_delta.get, at)
-            weight = functools.partial(of_w.get, at)
-            found.append(Update(name, None, "", of_w.matrix_shape, ab, delta, weight))
-    return placed(found, modules)
+    return weight, difference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +119,7 @@ class _Matrices:
     """
 
     whole: Callable[[], np.ndarray]
-    axes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    axes: Axes
     shape: tuple[int, ...]
 
     def sizes(self, which: int) -> tuple[int, ...]:
@@ -167,11 +179,11 @@ def _low_rank(leaf: Any, old: Any) -> list[LowRank]:
     return parts if leaf is old else []
 
 
-def _axes_of(leaf: LowRank) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+def _axes_of(leaf: LowRank) -> Axes:
     return leaf.batch_axes, leaf.in_axes, leaf.out_axes
 
 
-def _usual_axes(path: str, leaf: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+def _usual_axes(path: str, leaf: Any) -> Axes:
     """Layers in front where there is a stack, outputs last, inputs between."""
     stacked, n = int(partition.stack_of(path) is not None), len(leaf.shape)
     return tuple(range(stacked)), tuple(range(stacked, n - 1)), (n - 1,)
