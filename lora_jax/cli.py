@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     merge = add("merge", _merge, "write base and adapter merged, as transformers loads it")
     merge.add_argument("workdir")
     merge.add_argument("out")
+    _analyze_arguments(add("analyze", _analyze, "inside an adapter: ranks, directions, intruders"))
     add("list", _list, "methods, model families and tasks")
     return parser
 
@@ -91,6 +92,27 @@ def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slots", type=int, help="most members at a time")
     parser.add_argument("--memory", help="that a pack may use on a device, such as 24GiB")
     parser.add_argument("--dry", action="store_true", help="print the packs and stop")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _analyze_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", help="a run, an adapter (PEFT's or ours), or a tuned model")
+    parser.add_argument("--against", help="another one, to compare it with matrix by matrix")
+    parser.add_argument("--base", help="the base of what is no run; a PEFT LoRA is read without")
+    parser.add_argument("--out", help="a folder for CSV files and plots")
+    parser.add_argument(
+        "--dense", action="store_true", help="also what is not low-rank, as whole differences"
+    )
+    parser.add_argument("--modules", help="only these: a regex, such as 'attention/query'")
+    parser.add_argument(
+        "--no-weights", action="store_true", help="nothing that decomposes the base's weights"
+    )
+    parser.add_argument(
+        "--side", help="whose directions: a (of A; default), b, in or out (of the update)"
+    )
+    parser.add_argument("--directions", type=int, help="at most so many, to look for in the base")
+    parser.add_argument("--top", type=int, default=10, help="directions that may be intruders")
+    parser.add_argument("--epsilon", type=float, default=0.5, help="cosine below which they are")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -197,6 +219,19 @@ def _merge(args: argparse.Namespace, overrides: list[str]) -> None:
     merged = method.merge(method.dropped(bench.params), trainable)
     source = bench.experiment.model.source
     pretrained.save_pretrained(args.out, bench.model, merged, tokenizer_source=source)
+
+
+def _analyze(args: argparse.Namespace, overrides: list[str]) -> None:
+    from lora_jax import inside
+
+    if overrides:
+        raise UserError("analyze takes no --config overrides")
+    options = inside.Options(
+        against=args.against, base=args.base, dense=args.dense, modules=args.modules,
+        weights=not args.no_weights, side=args.side, directions=args.directions, k=args.top,
+        epsilon=args.epsilon, progress=not args.quiet,
+    )  # fmt: skip
+    inside.analyze(args.path, args.out, options)
 
 
 def _list(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -6,11 +6,6 @@ batch axes wherever they make sense, and low-rank ones are factors A [in, r] and
 product A·B is never formed. `lora_jax.inside` applies this to whole adapters.
 """
 
-from lora_jax.analysis.amplification import (
-    amplification,
-    projected_norm,
-    random_projected_norm,
-)
 from lora_jax.analysis.intruders import count_intruders, likeness
 from lora_jax.analysis.spectra import (
     SVD,
@@ -31,6 +26,11 @@ from lora_jax.analysis.subspaces import (
     random_similarity,
     similarities,
     similarity,
+)
+from lora_jax.analysis.weights import (
+    amplification,
+    projected_norm,
+    random_projected_norm,
 )
 
 __all__ = [

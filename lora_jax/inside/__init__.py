@@ -16,7 +16,7 @@ from lora_jax import lazy
 
 _HOME = {
     "Update": "update",
-    "updates": "updates",
+    "updates": "of_method",
     "open_updates": "opening",
     "adapter": "frames",
     "layer_map": "frames",
@@ -25,7 +25,7 @@ _HOME = {
     "compare": "comparing",
     "similarity": "comparing",
     "similarity_to_base": "comparing",
-    "plots": "plots",
+    "Options": "report",
     "analyze": "report",
 }
 __all__ = sorted(_HOME)

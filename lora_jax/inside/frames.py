@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from lora_jax import analysis
+from lora_jax.inside.of_method import updates
 from lora_jax.inside.update import Update
-from lora_jax.inside.updates import updates
 
 
 def adapter(

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from lora_jax import partition, pretrained, runs
 from lora_jax.errors import UserError
+from lora_jax.inside.of_method import updates
 from lora_jax.inside.update import Update, live_columns, placed
-from lora_jax.inside.updates import updates
 from lora_jax.methods import FullFineTuning
 from lora_jax.methods.peft import PREFIX, lora_read, targets
 from lora_jax.pretrained import hub, own_form, staging

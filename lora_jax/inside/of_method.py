@@ -201,7 +201,8 @@ def _factors(
         a = a.reshape(*a.shape[: a.ndim - len(leaf.in_axes) - 1], n_in, r)
         b = b.reshape(*b.shape[: b.ndim - len(leaf.out_axes) - 1], r, n_out)
         scale = np.asarray(leaf.scale, np.float32)[..., None, None]
-        a, b = np.broadcast_to(a, (*batch, n_in, r)), np.broadcast_to(scale * b, (*batch, r, n_out))
+        a = np.broadcast_to((scale != 0) * a, (*batch, n_in, r))  # scale 0: not adapted
+        b = np.broadcast_to(scale * b, (*batch, r, n_out))
         pairs.append((a.reshape(-1, n_in, r), b.reshape(-1, r, n_out)))
     a = np.concatenate([x for x, _ in pairs], -1)
     b = np.concatenate([x for _, x in pairs], -2)
