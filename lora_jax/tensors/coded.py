@@ -31,7 +31,8 @@ class Coded(Weight):
         dtype = jnp.dtype(params["new_dtype"])
         if not jnp.issubdtype(dtype, jnp.floating):
             return NotImplemented
-        return dataclasses.replace(self, dtype_name=dtype.name)  # type: ignore[call-arg]
+        this: Any = self  # subclasses are dataclasses
+        return dataclasses.replace(this, dtype_name=dtype.name)
 
     def _same(self, args: Sequence[Any], at: int, params: Any) -> Any:
         return self

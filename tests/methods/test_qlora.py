@@ -13,69 +13,65 @@ import pytest
 import lora_jax as lj
 from lora_jax import partition, pretrained, runs
 from lora_jax.experiment import from_dict
-from lora_jax.plan import plan_config
+from lora_jax.plan.devices import mesh_for
+from lora_jax.plan.sketch import Sketch
 from lora_jax.tensors.base import is_weight
 from lora_jax.tensors.nf4 import NF4
 from lora_jax.tensors.quantized import differences
 
-TOKENS = np.random.default_rng(0).integers(0, 256, (2, 7)).astype(np.int32)
 
-
-def random(*shape, seed=0):
-    return jax.random.normal(jax.random.key(seed + 17 * len(shape) + sum(shape)), shape)
+def random(*shape):
+    return np.random.default_rng(sum(shape)).normal(size=shape).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
-def llama(tiny_base):
-    """(adapted apply, quantised parameters, dense ones, LoRA on all kernels, a moved start)."""
-    model, params = lj.load_pretrained(tiny_base / "base")
+def toy():
+    """(quantised parameters, dense ones, LoRA on all kernels of the layers, a moved start)."""
+    params = descendants.toy_params()
     method = lj.LoRA(rank=2, alpha=8, targets="all-linear")
-    trainable = descendants.moved(method.init(jax.random.key(0), params), size=0.1)
-    apply = jax.jit(lj.adapt(model.apply))
-    return apply, lj.quantize(params), params, method, trainable
+    trainable = descendants.moved(method.init(jax.random.key(0), params))
+    return lj.quantize(params), params, method, trainable
 
 
-def test_qlora_is_lora_over_what_the_codes_stand_for(llama):
-    """Logits and gradients, through a scanned Llama, of the same adapter on the dense tree."""
-    apply, quantised, _, method, trainable = llama
+def test_qlora_is_lora_over_what_the_codes_stand_for(toy):
+    """Loss and gradients, through scanned layers, of the same adapter on the dense tree."""
+    quantised, _, method, trainable = toy
 
     def loss(trainable, params):
-        logits = apply(method.combine(params, trainable), TOKENS)
-        return jnp.mean(jnp.square(logits)), logits
+        return descendants.toy_loss(method.combine(params, trainable), descendants.batch())[0]
 
-    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    (_, ours), grads = run(trainable, quantised)
-    (_, theirs), wanted = run(trainable, lj.densify(quantised))
-    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    run = jax.jit(jax.value_and_grad(loss), compiler_options=descendants.FAST)
+    ours, grads = run(trainable, quantised)
+    theirs, wanted = run(trainable, lj.densify(quantised))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
     for got, want in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
-    assert all(np.any(x != 0) for x in jax.tree.leaves(grads))
+        assert np.any(got != 0)
 
 
-def test_merging_into_the_dense_base_differs_by_the_error_of_quantisation(llama):
-    apply, quantised, params, method, trainable = llama
-
-    def outputs(variables):
-        return apply(variables, TOKENS)
-
-    error = lj.merge_error(method, quantised, params, trainable, outputs)
+def test_merging_into_the_dense_base_differs_by_the_error_of_quantisation(toy):
+    quantised, params, method, trainable = toy
+    error = lj.merge_error(method, quantised, params, trainable, descendants.logits)
     alone = differences(params, quantised)
-    assert set(error.weights) == set(alone) and len(alone) == 7
+    assert set(error.weights) == set(alone) and len(alone) == 4
     for path, d in error.weights.items():
         np.testing.assert_allclose(d.largest, alone[path].largest, rtol=1e-3)
         np.testing.assert_allclose(d.rms, alone[path].rms, rtol=1e-3)
-        assert 0.05 < alone[path].relative < 0.12  # 4 bits
-        # By hand, and between levels at most half a gap (0.152) of the block's magnitude apart.
+        # By hand; 4 bits, and at most half the widest gap of levels (0.152) from the number.
         w, q = partition.flatten(params)[path], partition.flatten(quantised)[path].dense()
-        np.testing.assert_allclose(alone[path].rms, np.sqrt(np.mean((w - q) ** 2)), rtol=1e-5)
-        assert alone[path].largest < 0.17 * np.abs(w).max()
+        np.testing.assert_allclose(d.rms, np.sqrt(np.mean((w - q) ** 2)), rtol=1e-3)
+        np.testing.assert_allclose(d.largest, np.abs(w - q).max(), rtol=1e-3)
+        assert 0.04 < alone[path].relative < 0.12 and d.largest < 0.17 * np.abs(w).max()
     assert error.outputs.largest > error.outputs.rms > 0 and "outputs" in str(error)
-    own = lj.merge_error(method, quantised, quantised, trainable, outputs)
+    own = lj.merge_error(method, quantised, quantised, trainable, descendants.logits)
     assert not own.weights and own.outputs.relative < 1e-5  # merged into what it was trained on
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-@pytest.mark.parametrize("name", ["dora", "ia3", "lora_ga", "pissa", "relora", "vera"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("dora", "nf4"), ("dora", "int8"), ("ia3", "nf4"), ("lora_ga", "nf4"), ("pissa", "nf4"),
+     ("relora", "nf4"), ("vera", "int8")],
+)  # fmt: skip
 def test_descendants_of_lora_stand_over_quantised_weights(name, kind):
     params = lj.quantize(descendants.toy_params(), kind)
     method = descendants.METHODS[name].prepare(
@@ -85,9 +81,7 @@ def test_descendants_of_lora_stand_over_quantised_weights(name, kind):
     merged = method.merge(params, trainable)
     assert not any(map(is_weight, partition.flatten(merged).values()))
     beside = descendants.logits(method.combine(params, trainable))
-    np.testing.assert_allclose(
-        beside, descendants.toy({"params": merged}, descendants.TOKENS), atol=2e-3
-    )
+    np.testing.assert_allclose(beside, descendants.logits({"params": merged}), atol=2e-3)
 
 
 # Memory.
@@ -122,24 +116,23 @@ def test_bytes_of_the_compiled_program():
 
 
 def test_a_run_on_a_quantised_base(tiny_config, tmp_path, capsys):
-    config = tiny_config(model={"quantize": "nf4"}, optimizer={"learning_rate": 2e-2})
+    data = {"task": {"kind": "text", "text": "a", "length": 8}, "length": 8}
+    config = tiny_config(model={"quantize": "nf4"}, data=data)
     experiment = from_dict(config)
     result = runs.run(experiment, tmp_path / "run", progress=False)
     bench, method, trainable = runs.load_run(tmp_path / "run")
-    kernel = partition.flatten(bench.params)["layers[0:2]/mlp/up/kernel"]
-    assert isinstance(kernel, NF4)
+    kernels = [p for p, x in partition.flatten(bench.params).items() if isinstance(x, NF4)]
+    assert len(kernels) == 7 and all(p.startswith("layers[0:2]/") for p in kernels)
     again, _ = bench.evaluate(method.combine(method.dropped(bench.params), trainable))
-    assert again == {n: result["metrics"][n] for n in again}
+    assert again == result["metrics"]
     source = config["model"]["source"]
     assert result["base_sha256"] == pretrained.base_sha256(source)
     dense = pretrained.load_pretrained(source)[1]
     assert result["total_params"] == sum(math.prod(x.shape) for x in jax.tree.leaves(dense))
-    kept = partition.flatten(method.merge(bench.params, trainable))
-    assert set(kept) == set(partition.flatten(dense))
-    # The plan is of the same shapes and counts the same, with fewer bytes of weights.
-    plan, plain = plan_config(experiment), plan_config(from_dict(tiny_config()))
-    assert plan.parameters == plain.parameters == result["total_params"]
-    assert plan.parts["weights"] < plain.parts["weights"]
+    # The plan's shapes, known without the weights.
+    sketch = Sketch(experiment, mesh_for(experiment.mesh, None)).params
+    like = jax.tree.map(lambda x: (x.shape, x.dtype), bench.params)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), sketch) == like
     capsys.readouterr()
     with pytest.raises(lj.UserError, match="quantize must be"):
         from_dict(tiny_config(model={"quantize": "fp4"}))

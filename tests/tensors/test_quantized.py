@@ -215,8 +215,8 @@ def test_a_convolution_and_experts():
     w = random(3, 3, 2, 4)
     for weight in (nf4(w, order=(2, 3, 1, 0)), int8(w)):
         same([f], weight, random(1, 6, 6, 2))
-    same(lambda w, x: jnp.einsum("bei,eio->beo", x, w), nf4(random(3, 4, 6), batch=1),
-         random(2, 3, 4))  # fmt: skip
+    experts = nf4(random(3, 4, 6), batch=1)
+    same([lambda w, x: jnp.einsum("bei,eio->beo", x, w)], experts, random(2, 3, 4))
 
 
 def test_what_cannot_be_done_says_so():
