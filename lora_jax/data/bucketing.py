@@ -97,6 +97,16 @@ def pad(examples: Sequence[EncoderExample], *, rows: int, size: int, pad_id: int
     return batch
 
 
+def widen(batch: Batch, length: int, pad_id: int) -> Batch:
+    """The batch with rows padded to `length`; it computes the same."""
+    found: Batch = {}
+    for name, x in batch.items():
+        fill = pad_id if name == "tokens" else 0
+        more = ((0, 0), (0, length - x.shape[1])) if x.ndim == 2 else ()
+        found[name] = np.pad(x, more, constant_values=fill) if more else x
+    return found
+
+
 def in_order(
     examples: Sequence[EncoderExample],
     *,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import training
+from lora_jax.data.bucketing import sizes, widen
 from lora_jax.plan.cost import out_of_memory
 from lora_jax.runs import Start
 from lora_jax.sweeps import padding
@@ -73,6 +75,7 @@ class Program:
         self.method = start.method
         self.frozen = start.frozen
         self._start = start
+        self._compiled: dict[str, Any] = {}
         self._single = training.step_function(
             functools.partial(bench.loss, axis_name=_MEMBERS),
             start.method,
@@ -118,17 +121,38 @@ class Program:
 
     @functools.cached_property
     def compiled(self) -> Any:
-        """`step`, compiled for the pack's shapes: nothing is compiled again while it trains."""
-        return self.step.lower(*self._abstract()).compile()  # type: ignore[attr-defined]
+        """`step`, compiled for batches of the longest rows."""
+        return self._compiled_for(self.batch)
 
-    def _abstract(self) -> tuple[Any, State, Any, Any]:
+    def run(self, states: State, batches: Batch, live: np.ndarray) -> tuple[State, Any]:
+        """One step of all slots; batches [M, B, T] on the host.
+
+        Compiled once for each length of rows (one, or as many as there are buckets): slots take
+        new members with no recompilation.
+        """
+        one = {name: x[0] for name, x in batches.items()}
+        return self._compiled_for(one)(self.frozen, states, self.place_batches(batches), live)
+
+    def _compiled_for(self, batch: Batch) -> Any:
+        key = json.dumps({name: x.shape for name, x in batch.items()}, sort_keys=True)
+        if key not in self._compiled:
+            arguments = self._abstract(batch)
+            self._compiled[key] = self.step.lower(*arguments).compile()  # type: ignore[attr-defined]
+        return self._compiled[key]
+
+    @property
+    def programs(self) -> int:
+        """How many were compiled for the step."""
+        return len(self._compiled)
+
+    def _abstract(self, example: Batch) -> tuple[Any, State, Any, Any]:
         slots, mesh = self.shape.slots, self.bench.mesh
 
         def stacked(x: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((slots, *x.shape), x.dtype, sharding=sharding)
 
         live = jax.ShapeDtypeStruct((slots,), jnp.bool_)
-        batch = self.place_batches({n: np.stack([x] * slots) for n, x in self.batch.items()})
+        batch = self.place_batches({n: np.stack([x] * slots) for n, x in example.items()})
         batches = {
             n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
             for n, x in batch.items()
@@ -140,8 +164,14 @@ class Program:
 
     @functools.cached_property
     def batch(self) -> Batch:
-        """The first batch: an example of their shape."""
-        return next(self.bench.batches(self.bench.experiment.data.seed))
+        """The first batch, with rows as long as any batch's."""
+        bench, data = self.bench, self.bench.experiment.data
+        first = next(bench.batches(data.seed))
+        if not data.buckets:
+            return first
+        longest = min(data.length, max(len(e["tokens"]) for e in bench.train_examples))
+        size = next(s for s in sizes(data.length, data.buckets) if s >= longest)
+        return widen(first, size, bench.pad_id)
 
     def bytes(self) -> int:
         """What the step needs on a device: arguments, temporaries, and outputs of their own.
@@ -158,14 +188,12 @@ class Program:
     def seconds_a_step(self) -> float:
         """Measured on slots that hold zeros: the work does not depend on the values."""
         states = self.empty()
-        batches = self.place_batches(
-            {n: np.stack([x] * self.shape.slots) for n, x in self.batch.items()}
-        )
+        batches = {n: np.stack([x] * self.shape.slots) for n, x in self.batch.items()}
         live = np.ones(self.shape.slots, bool)
         best, spent = float("inf"), 0.0
         for _ in range(3):
             began = time.perf_counter()
-            states, metrics = self.compiled(self.frozen, states, batches, live)
+            states, metrics = self.run(states, batches, live)
             jax.block_until_ready((states, metrics))
             took = time.perf_counter() - began
             best, spent = min(best, took), spent + took

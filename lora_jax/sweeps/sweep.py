@@ -86,7 +86,7 @@ class Prepared:
     plan: planner.PackPlan
     program: pack.Program
     mode: str
-    compiled: int
+    probed: int  # programs that were compiled for the choice alone
     seconds: float
 
 
@@ -209,8 +209,8 @@ class Sweep:
         one = program(axis)
         alone = one.seconds_a_step()
         if alone * many.shape.slots <= together * axis:
-            return self._prepared(plan, one, "serial", alone, compiled=2)
-        return self._prepared(plan, many, "packed", together, compiled=2)
+            return self._prepared(plan, one, "serial", alone, others=many)
+        return self._prepared(plan, many, "packed", together, others=one)
 
     def _fits(
         self, program: pack.Program, plan: planner.PackPlan, bench: Workbench, axis: int
@@ -238,7 +238,7 @@ class Sweep:
         program: pack.Program,
         mode: str,
         seconds: float,
-        compiled: int = 1,
+        others: pack.Program | None = None,
     ) -> Prepared:
         slots = program.shape.slots
         rounds = -(-len(plan.members) // slots)
@@ -249,7 +249,7 @@ class Sweep:
             f"{program.bytes() / 2**30:.2f} GiB, about {expected:.0f} s of training",
             flush=True,
         )
-        return Prepared(plan, program, mode, compiled, expected)
+        return Prepared(plan, program, mode, others.programs if others else 0, expected)
 
     # Training.
 
@@ -308,7 +308,7 @@ class Sweep:
         return {
             "members": len(self.members),
             "packs": len(ready),
-            "programs_compiled": sum(r.compiled for r in ready),
+            "programs_compiled": sum(r.program.programs + r.probed for r in ready),
             "modes": [r.mode for r in ready],
             "update_seconds": self._update_seconds,
             "expected_seconds": sum(r.seconds for r in ready),

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lora_jax.data.bucketing import widen
 from lora_jax.sweeps import padding
 from lora_jax.sweeps.grid import Member
 from lora_jax.sweeps.pack import Program
@@ -27,7 +28,7 @@ class Trainer:
     """Trains members through the slots of one program, in their order.
 
     Args:
-      program: compiled once; members come and go.
+      program: members come and go in its slots.
       folder: of a member's workdir.
       done: told of each member's result as soon as it is written.
       base: metrics of the base model, which every member's result repeats.
@@ -104,11 +105,11 @@ class Trainer:
             cursor.advance()
         filler = self._at(live[0]).cursor.batch
         held = [filler if slot is None else slot.cursor.batch for slot in self._slots]
+        longest = max(batch["tokens"].shape[1] for batch in held)
+        held = [widen(batch, longest, self.bench.pad_id) for batch in held]
         batches = {name: np.stack([batch[name] for batch in held]) for name in filler}
         mask = np.array([slot is not None and slot.diverged_at is None for slot in self._slots])
-        self._states, metrics = self.program.compiled(
-            self.program.frozen, self._states, self.program.place_batches(batches), mask
-        )
+        self._states, metrics = self.program.run(self._states, batches, mask)
         for index in live:
             self._at(index).took()
         self._pending.append(({i: self._at(i).step for i in live}, metrics))

@@ -185,7 +185,8 @@ def run(
 
 
 def _measure(row: Row, folder: Path, seeds: Sequence[int], progress: bool) -> Measured:
-    print(f"{row.row} / {row.metric}", flush=True)
+    if progress:
+        print(f"{row.row} / {row.metric}", flush=True)
     try:
         return row.work.measure(folder, seeds, progress)
     except UserError as error:

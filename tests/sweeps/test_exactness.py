@@ -130,7 +130,7 @@ def test_padding_stays_zero(tiny_config, tmp_path):
         states = program.put(states, i, padding.pad(s.state, like))
     batches = {n: np.stack([x] * 3) for n, x in program.batch.items()}
     for _ in range(5):
-        states, _ = program.compiled(program.frozen, states, batches, np.ones(3, bool))
+        states, _ = program.run(states, batches, np.ones(3, bool))
     for i, s in enumerate(start):
         after = padding.take(states, i)
         own = padding.cut(after, s.state)
@@ -184,8 +184,8 @@ def test_on_a_mesh(tiny_config, axes):
         data = program.bench.batches(0)
         for _ in range(6):
             batch = next(data)
-            batches = program.place_batches({n: np.stack([x] * 4) for n, x in batch.items()})
-            states, metrics = program.compiled(program.frozen, states, batches, np.ones(4, bool))
+            batches = {n: np.stack([x] * 4) for n, x in batch.items()}
+            states, metrics = program.run(states, batches, np.ones(4, bool))
             losses.append(np.asarray(metrics["loss"]))
         found.append(np.array(losses))
     np.testing.assert_allclose(found[1], found[0], rtol=1e-4)

@@ -7,11 +7,14 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pandas as pd
 import pytest
+import tokenizers
 
 from lora_jax import cli
 from lora_jax.sweeps import sweep
+from lora_jax.training.reports import read_metrics
 
 GRID = """
 import json
@@ -139,3 +142,60 @@ def test_optuna_suggests_members_of_one_pack(tiny_config, tmp_path):
     )
     assert result["packs"] == 1
     assert 1 <= len(pd.read_csv(tmp_path / "s" / "results.csv")) <= 3
+
+
+def test_members_in_buckets_of_other_lengths(tmp_path):
+    """Members at other places of the data have rows of other lengths: padded, they are alike."""
+    import jax
+
+    from lora_jax import pretrained, runs
+    from lora_jax.experiment import from_dict
+    from lora_jax.sweeps.sweep import Options, Sweep
+
+    hf = {
+        "model_type": "bert", "architectures": ["BertModel"], "vocab_size": 40, "hidden_size": 16,
+        "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "hidden_act": "gelu", "max_position_embeddings": 32, "type_vocab_size": 2,
+        "layer_norm_eps": 1e-12, "pad_token_id": 0,
+    }  # fmt: skip
+    model = pretrained.build_model(hf)
+    params = model.init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
+    (tmp_path / "base").mkdir()
+    pretrained.save_pretrained(tmp_path / "base", model, params)
+    words = {n: i for i, n in enumerate(["[PAD]", "[UNK]", *(f"w{i}" for i in range(38))])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "base" / "tokenizer.json"))
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps({"pad_token": "[PAD]"}))
+    draw = np.random.default_rng(0)
+    lines = [
+        json.dumps({"text": " ".join(f"w{draw.integers(38)}" for _ in range(n)), "label": int(n) % 2})
+        for n in [*draw.integers(1, 9, 59), 15]
+    ]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    config = {
+        "model": {"source": str(tmp_path / "base")},
+        "method": {"kind": "lora", "rank": 2, "train": ["^head/"]},
+        "data": {
+            "source": {"kind": "files", "path": str(tmp_path / "texts.jsonl"), "split": "[:50]"},
+            "task": {"kind": "classification", "labels": ["0", "1"]},
+            "validation": "[50:]", "batch_size": 4, "length": 16, "packing": False,
+            "buckets": [4, 8],
+        },
+        "optimizer": {"learning_rate": 1e-2},
+        "training": {"steps": 8, "log_every": 1},
+    }  # fmt: skip
+    seeds = {"seed": [{"seed": s, "data.seed": s} for s in range(3)]}
+    sweep = Sweep(config, seeds, tmp_path / "s", Options(mode="packed"), progress=False)
+    result = sweep.run()
+    assert 1 < result["programs_compiled"] <= 3 and result["modes"] == ["packed"]
+    for member in sweep.members:
+        assert member.experiment == from_dict(
+            json.loads((sweep.folder / member.name / "config.json").read_text())
+        )
+        runs.run(member.experiment, tmp_path / member.name, progress=False)
+        alone, packed = (
+            [r["loss"] for r in read_metrics(f / member.name / "metrics.jsonl") if "loss" in r]
+            for f in (tmp_path, sweep.folder)
+        )
+        np.testing.assert_allclose(packed, alone, rtol=1e-4)
