@@ -52,7 +52,9 @@ class Fastfood(Projection):
         x = (x * numbers["scale"])[: self.length]
         signs = jax.vmap(random_signs)(columns(jax.random.fold_in(key, 0), x.size))
         short = 2 ** (x.size - 1).bit_length()  # H·(x, 0, 0, …) repeats H·(x, 0) of this length
-        small = walsh(jnp.pad(x * signs.astype(x.dtype), (0, short - x.size))) * math.sqrt(short / self.length)
+        small = walsh(jnp.pad(x * signs.astype(x.dtype), (0, short - x.size))) * math.sqrt(
+            short / self.length
+        )
         long = shuffle(jax.random.fold_in(key, 1), jnp.tile(small, self.length // short))
 
         def times_gauss(z: jax.Array) -> jax.Array:

@@ -88,8 +88,8 @@ class Target:
             gain = float(np.mean(self.full) - np.mean(self.head_only))
             if (gain if self.higher_is_better else -gain) <= 0:
                 raise UserError(
-                    f"full fine-tuning ({np.mean(self.full):.4g}) gains nothing over the head alone "
-                    f"({np.mean(self.head_only):.4g}): there is no fraction of it"
+                    f"full fine-tuning ({np.mean(self.full):.4g}) gains nothing over the head "
+                    f"alone ({np.mean(self.head_only):.4g}): there is no fraction of it"
                 )
 
     @property
@@ -249,9 +249,7 @@ def _statistic(x: np.ndarray, statistic: Statistic, higher_is_better: bool) -> A
     return np.median(x, -1) if statistic == "median" else x.mean(-1)
 
 
-def resampled(
-    rng: np.random.Generator, values: np.ndarray, count: int, level: float
-) -> np.ndarray:
+def resampled(rng: np.random.Generator, values: np.ndarray, count: int, level: float) -> np.ndarray:
     """Means of `count` resamples [count], spread so that their percentiles make an interval."""
     n = len(values)
     picked = rng.integers(n, size=(count, n))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -17,81 +18,97 @@ from lora_jax.projections.shuffle import places, shuffle
 
 KINDS = ("dense", "sparse", "fastfood")
 KEY = jax.random.key(3, impl="threefry2x32")
+FAST = {"xla_backend_optimization_level": 0}  # compiling is most of the time here
 
 
-def matrix(p: projections.Projection, d: int, key: jax.Array = KEY, dtype: Any = None) -> np.ndarray:
-    """P as a matrix [D, d], column by column."""
+@functools.partial(jax.jit, static_argnames=("p", "d", "dtype"), compiler_options=FAST)
+def _columns(p: projections.Projection, d: int, key: jax.Array, dtype: Any) -> jax.Array:
     numbers = p.numbers(key, d)
-    return np.asarray(jax.vmap(lambda x: p.apply(key, numbers, x))(jnp.eye(d, dtype=dtype))).T
+    return jax.vmap(lambda x: p.apply(key, numbers, x))(jnp.eye(d, dtype=dtype))
 
 
-@pytest.mark.parametrize("cached", [True, False])
+def matrix(
+    p: projections.Projection, d: int, key: jax.Array = KEY, dtype: Any = np.float32
+) -> np.ndarray:
+    """P as a matrix [D, d], column by column."""
+    return np.asarray(_columns(p, d, key, dtype)).T
+
+
+@functools.partial(jax.jit, static_argnames="p", compiler_options=FAST)
+def all_ways(p: projections.Projection, numbers: Any, x: jax.Array, y: jax.Array) -> Any:
+    """P·x, the tangent of P·x along 2x, the gradient of <P·x, y>, and P*·y."""
+
+    def through(x: jax.Array) -> jax.Array:
+        return p.apply(KEY, numbers, x)
+
+    forward, tangent = jax.jvp(through, (x,), (2.0 * x,))
+    gradient = jax.grad(lambda x: jnp.vdot(through(x), y))(x)
+    return forward, tangent, gradient, p.adjoint(KEY, numbers, y)
+
+
+def numbers_of(p: projections.Projection, d: int) -> Any:
+    return jax.jit(p.numbers, static_argnums=1, compiler_options=FAST)(KEY, d)
+
+
+# Also a tensor smaller than the subspace, and one number.
+@pytest.mark.parametrize(
+    ("size", "d", "cached"), [(700, 30, True), (700, 30, False), (6, 20, False), (1, 1, True)]
+)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("size", "d"), [(700, 30), (5, 5), (1, 1), (6, 20)])
-def test_the_adjoint_is_exact(kind: str, cached: bool, size: int, d: int) -> None:
+def test_the_adjoint_is_exact(kind: str, size: int, d: int, cached: bool) -> None:
     """<P x, y> = <x, P* y> in float64, and both are what differentiation gives."""
     p = projections.make(kind, size, cached)
     with jax.enable_x64(True):
-        numbers = p.numbers(KEY, d)
         rng = np.random.default_rng(0)
-        x, y = jnp.asarray(rng.normal(size=d)), jnp.asarray(rng.normal(size=size))
-
-        def through(x: jax.Array) -> jax.Array:
-            return p.apply(KEY, numbers, x)
-
-        forward, back = through(x), p.adjoint(KEY, numbers, y)
+        x, y = rng.normal(size=d), rng.normal(size=size)
+        forward, tangent, gradient, back = map(np.asarray, all_ways(p, numbers_of(p, d), x, y))
         assert forward.dtype == back.dtype == np.float64
-        np.testing.assert_allclose(jnp.vdot(forward, y), jnp.vdot(x, back), rtol=1e-12, atol=1e-12)
-        np.testing.assert_allclose(jax.grad(lambda x: jnp.vdot(through(x), y))(x), back, atol=1e-13)
-        np.testing.assert_allclose(jax.jvp(through, (x,), (x,))[1], forward, atol=1e-13)
-        np.testing.assert_allclose(back, y @ matrix(p, d), atol=1e-12)
+        np.testing.assert_allclose(forward @ y, x @ back, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(gradient, back, atol=1e-13)
+        np.testing.assert_allclose(tangent, 2.0 * forward, atol=1e-13)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_p_a_key_whether_held_or_drawn_and_in_both_precisions(kind: str) -> None:
-    held = matrix(projections.make(kind, 700, True), 9)
-    np.testing.assert_allclose(held, matrix(projections.make(kind, 700, False), 9), atol=1e-6)
-    with jax.enable_x64(True):
-        wide = matrix(projections.make(kind, 700, False), 9, dtype=np.float64)
-    np.testing.assert_allclose(held, wide, atol=1e-6)
-    other = matrix(projections.make(kind, 700, True), 9, jax.random.key(4))
-    assert np.abs(held - other).max() > 0.05
-
-
-# An adapter is a seed and coordinates: were P drawn otherwise, it would be another model. Made by
-# printing the same three entries, and to be made anew only together with a new name for the kind.
+# An adapter is a seed and coordinates: were P drawn otherwise, it would be another model. To be
+# made anew (by printing `sums`) only together with a new name for the kind.
 PINNED = {
-    "dense": (-0.03171, -0.04321, -0.0218),
-    "sparse": (0.0, 0.0, 0.0),
-    "fastfood": (0.0, 0.0, 0.0),
+    "dense": (-1.692636, 0.611287, 0.463112),
+    "sparse": (-1.621896, 2.934192, -1.523864),
+    "fastfood": (0.745417, -1.353508, 1.419606),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_p_is_the_same_for_ever(kind: str) -> None:
-    p = matrix(projections.make(kind, 700), 3)
-    largest = np.abs(p).argmax(0)
-    np.testing.assert_allclose(p[largest, range(3)], PINNED[kind], atol=1e-4)
+def test_one_p_a_key_for_ever(kind: str) -> None:
+    """Held or drawn, in both precisions, and in later versions."""
+    held = matrix(projections.make(kind, 700, True), 3)
+    np.testing.assert_allclose(held, matrix(projections.make(kind, 700, False), 3), atol=1e-6)
+    with jax.enable_x64(True):
+        wide = matrix(projections.make(kind, 700, True), 3, dtype=np.float64)
+    np.testing.assert_allclose(held, wide, atol=1e-6)
+    other = matrix(projections.make(kind, 700, True), 3, jax.random.key(4, impl="threefry2x32"))
+    assert np.abs(held - other).max() > 0.05
+    sums = np.linspace(1.0, 3.0, 700) @ held
+    np.testing.assert_allclose(sums, PINNED[kind], atol=1e-3)
 
 
+@pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_first_coordinates_are_the_smaller_subspace(kind: str) -> None:
+def test_the_first_coordinates_are_the_smaller_subspace(kind: str, cached: bool) -> None:
     """Also where a pack has padded the numbers and the vector of a smaller member."""
-    for cached in (True, False):
-        p = projections.make(kind, 100, cached)
-        small, large = p.numbers(KEY, 5), p.numbers(KEY, 12)
-        np.testing.assert_allclose(matrix(p, 5), matrix(p, 12)[:, :5], atol=1e-6)
-        padded = {
-            n: jnp.pad(x, [(0, b - a) for a, b in zip(x.shape, large[n].shape, strict=True)])
-            for n, x in small.items()
-        }
-        x, y = jnp.arange(1.0, 13.0), jnp.linspace(-1.0, 1.0, 100)
-        np.testing.assert_allclose(
-            p.apply(KEY, padded, x), p.apply(KEY, small, x[:5]), rtol=1e-5, atol=1e-6
-        )
-        back = p.adjoint(KEY, padded, y)
-        np.testing.assert_array_equal(back[5:], 0.0)
-        np.testing.assert_allclose(back[:5], p.adjoint(KEY, small, y), rtol=1e-5, atol=1e-6)
+    p = projections.make(kind, 100, cached)
+    small, large = numbers_of(p, 5), numbers_of(p, 12)
+    padded = {
+        n: np.pad(x, [(0, b - a) for a, b in zip(x.shape, large[n].shape, strict=True)])
+        for n, x in small.items()
+    }
+    x, y = np.arange(1.0, 13.0, dtype=np.float32), np.linspace(-1.0, 1.0, 100, dtype=np.float32)
+    alone = all_ways(p, small, x[:5], y)
+    packed = all_ways(p, padded, x, y)
+    zeros = all_ways(p, large, np.where(np.arange(12) < 5, x, 0.0).astype(np.float32), y)
+    np.testing.assert_allclose(packed[0], alone[0], atol=1e-5)
+    np.testing.assert_allclose(zeros[0], alone[0], atol=1e-5)
+    np.testing.assert_array_equal(packed[3][5:], 0.0)
+    np.testing.assert_allclose(packed[3][:5], alone[3], atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -107,7 +124,7 @@ def test_columns_have_unit_norm_and_are_nearly_orthogonal(kind: str) -> None:
         assert 0.5 * spread < norms.std() < 2 * spread
     else:
         np.testing.assert_allclose(norms, 1.0, rtol=1e-6)
-    assert abs(between.mean()) < 1e-3
+    assert abs(between.mean()) < 0.1 / math.sqrt(size)
     # Two independent directions: 1/sqrt(D). Rows of H share G, whose squares vary: sqrt(2/L), and
     # what of it the missing rows add.
     assert 0.8 / math.sqrt(size) < between.std() < 1.6 / math.sqrt(size)
@@ -117,11 +134,11 @@ def test_fastfood_is_the_published_product() -> None:
     """H·G·Π·H·B with H of ±1, over sqrt(L·|G|²)·sqrt(D/L), by plain matrices."""
     size, d, length = 100, 7, 128
     p = projections.make("fastfood", size)
-    gauss = np.asarray(p.numbers(KEY, d)["gauss"], np.float64)
+    gauss = np.asarray(numbers_of(p, d)["gauss"], np.float64)
     signs = np.asarray(jax.vmap(random_signs)(columns(jax.random.fold_in(KEY, 0), d)))
     order = np.asarray(places(jax.random.fold_in(KEY, 1), length))
     i = np.arange(length)
-    h = (-1.0) ** np.vectorize(lambda x: bin(x).count("1"))(i[:, None] & i[None])
+    h = (-1.0) ** np.bitwise_count(i[:, None] & i[None])
     b = np.zeros((length, d))
     b[range(d), range(d)] = signs
     wanted = (h @ (gauss[:, None] * (h @ b)[order]))[:size]
@@ -157,7 +174,9 @@ def test_directions_are_isotropic(kind: str) -> None:
     def one(key: jax.Array) -> jax.Array:
         return p.apply(key, p.numbers(key, 3), x)
 
-    y = np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), count)))
+    y = np.asarray(
+        jax.jit(jax.vmap(one), compiler_options=FAST)(jax.random.split(jax.random.key(0), count))
+    )
     found = y.T @ y / count * size / float(x @ x)
     # Of six rows, a column of the sparse kind may be empty.
     unit = 1 - (1 - 6**-0.5) ** 6 if kind == "sparse" else 1.0
@@ -181,13 +200,13 @@ def test_what_is_not_held_is_never_whole_in_memory(kind: str) -> None:
 
 
 def test_the_permutation() -> None:
-    for n in (1, 2, 4, 8, 1024):
+    for n in (1, 4, 8):
         forth = np.asarray(places(KEY, n))
         back = np.asarray(places(KEY, n, inverse=True))
         np.testing.assert_array_equal(np.sort(forth), np.arange(n))
         np.testing.assert_array_equal(forth[back], np.arange(n))
-    x = jnp.arange(1024.0)
-    np.testing.assert_array_equal(shuffle(KEY, x), np.asarray(places(KEY, 1024)))
+    x = jnp.arange(8.0)
+    np.testing.assert_array_equal(shuffle(KEY, x), np.asarray(places(KEY, 8)))
     back = jax.linear_transpose(lambda x: shuffle(KEY, x), x)(shuffle(KEY, x))[0]
     np.testing.assert_array_equal(back, x)
 

@@ -44,9 +44,7 @@ def test_isotonic_by_its_minimax_formula() -> None:
         def mean(j: int, k: int, y: np.ndarray = y, w: np.ndarray = w) -> float:
             return float(np.average(y[j : k + 1], weights=w[j : k + 1]))
 
-        wanted = [
-            max(min(mean(j, k) for k in range(i, n)) for j in range(i + 1)) for i in range(n)
-        ]
+        wanted = [max(min(mean(j, k) for k in range(i, n)) for j in range(i + 1)) for i in range(n)]
         np.testing.assert_allclose(isotonic(y, w), wanted, atol=1e-12)
         assert (np.diff(isotonic(y, w)) >= 0).all()
 
