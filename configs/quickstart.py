@@ -3,8 +3,9 @@
     lora-jax run configs/quickstart.py --workdir runs/quickstart
 
 Prints the base model's phoneme error rate (best of 0, 4 and 16 examples in the prompt) and the
-adapted model's. Seed 0 (one seed so far), on 2 busy CPU cores: 0.280 (128 words) after 407 s;
-the base model's best, with 16 examples: 0.644 (32 words).
+adapted model's, on the same 128 words. Over seeds 0 to 2 (of start and data order): 0.261 ± 0.025,
+where the base's best, with 4 examples, is 0.670 ± 0.010. 325 s on 2 idle CPU cores (the first time
+some 25 s more, to prepare the data); 3.5 GiB.
 """
 
 import ml_collections
