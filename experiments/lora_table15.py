@@ -31,8 +31,10 @@ KINDS = {
     "AdapterH": "adapter_h", "LoRA": "lora", "LoRA+PE": "lora_prefix_embedding",
     "LoRA+PL": "lora_prefix_layer",
 }  # fmt: skip
-TABLE4 = {("Fine-Tune", "-"), ("PrefixEmbed", "lp=256,li=8"), ("PrefixLayer", "lp=8,li=8"),
-          ("AdapterH", "r=1"), ("AdapterH", "r=8"), ("LoRA", "rq=rv=1"), ("LoRA", "rq=rv=8")}  # fmt: skip
+TABLE4 = {
+    ("Fine-Tune", "-"), ("PrefixEmbed", "lp=256,li=8"), ("PrefixLayer", "lp=8,li=8"),
+    ("AdapterH", "r=1"), ("AdapterH", "r=8"), ("LoRA", "rq=rv=1"), ("LoRA", "rq=rv=8"),
+}  # fmt: skip
 NOTES = {
     "PrefixLayer": "the paper's own formula, layers x width x (lp + li), does not give its count",
     "LoRA+PL": "the paper's own formula does not give its count",

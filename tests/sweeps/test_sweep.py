@@ -168,10 +168,8 @@ def test_members_in_buckets_of_other_lengths(tmp_path):
     tokenizer.save(str(tmp_path / "base" / "tokenizer.json"))
     (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps({"pad_token": "[PAD]"}))
     draw = np.random.default_rng(0)
-    lines = [
-        json.dumps({"text": " ".join(f"w{draw.integers(38)}" for _ in range(n)), "label": int(n) % 2})
-        for n in [*draw.integers(1, 9, 59), 15]
-    ]
+    texts = [[f"w{draw.integers(38)}" for _ in range(n)] for n in (*draw.integers(1, 9, 59), 15)]
+    lines = [json.dumps({"text": " ".join(words), "label": len(words) % 2}) for words in texts]
     (tmp_path / "texts.jsonl").write_text("\n".join(lines))
     config = {
         "model": {"source": str(tmp_path / "base")},
