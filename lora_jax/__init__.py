@@ -19,6 +19,8 @@ _HOME = {
     "FullFineTuning": "methods",
     "METHODS": "methods",
     "merge_error": "methods.merging",
+    "combine_adapters": "methods.algebra",
+    "reduce_rank": "methods.algebra",
     "load_pretrained": "pretrained",
     "save_pretrained": "pretrained",
     "load_tokenizer": "pretrained",

@@ -1,0 +1,167 @@
+"""An adapter as the factors of each matrix it changes, whatever its method, and as a LoRA again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import partition
+from lora_jax.errors import UserError
+from lora_jax.methods import base
+from lora_jax.methods.lora import LoRA
+from lora_jax.methods.peft.patterns import module_paths, regexes, rules
+from lora_jax.methods.peft.whole import host
+from lora_jax.tensors.base import is_weight
+from lora_jax.tensors.folding import Folding
+from lora_jax.tensors.low_rank import LowRank
+
+Pair = tuple[np.ndarray, np.ndarray]
+"""(A [in, r], B [r, out]) of one matrix, any scale in B."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Factored:
+    """One leaf's update.
+
+    Attributes:
+      letters: of the leaf's axes: b, i, o.
+      pairs: float64, of each of the leaf's matrices (layers, experts); None where one is left
+        alone.
+    """
+
+    letters: str
+    pairs: list[Pair | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """An adapter, by leaf path.
+
+    Attributes:
+      updates: of the leaves that it adds a product to.
+      whole: the leaves that it replaces.
+      layouts: as of `LoRA`.
+    """
+
+    updates: dict[str, Factored]
+    whole: dict[str, np.ndarray]
+    layouts: tuple[tuple[str, str], ...]
+
+
+def read(method: base.Method, trainable: base.Trainable, params: Any) -> Factors:
+    """UserError where the method does anything else than adding products and replacing leaves."""
+    variables = method.combine(params, trainable)
+    if set(variables) != {"params"}:
+        raise UserError(f"{method.name!r} acts on activations: it has no updates that can be added")
+    old, updates, whole = partition.flatten(params), {}, {}
+    for path, leaf in partition.flatten(variables["params"]).items():
+        if leaf is old[path]:
+            continue
+        parts = _parts(leaf, old[path])
+        if parts:
+            updates[path] = _factored(parts)
+        elif is_weight(leaf) or is_weight(old[path]):
+            raise UserError(
+                f"{method.name!r} changes {path!r} by more than a product of two factors "
+                f"({type(leaf).__name__}): adapters of this kind cannot be added"
+            )
+        else:
+            whole[path] = host(leaf)
+    return Factors(updates, whole, tuple(getattr(method, "layouts", ())))
+
+
+def _parts(leaf: Any, old: Any) -> list[LowRank]:
+    """The low-rank updates that stand over the old leaf; none where there is anything else."""
+    parts = []
+    while isinstance(leaf, LowRank | Folding):
+        parts.append(leaf.folded() if isinstance(leaf, Folding) else leaf)
+        leaf = leaf.w
+    return parts if leaf is old else []
+
+
+def _factored(parts: Sequence[LowRank]) -> Factored:
+    first = parts[0]
+    shape, n = first.shape, first.ndim
+    kinds = {**dict.fromkeys(first.in_axes, "i"), **dict.fromkeys(first.out_axes, "o")}
+    letters = "".join(kinds.get(i, "b") for i in range(-n, 0))
+    batch, ins, outs = (sizes(letters, shape, k) for k in "bio")
+    n_in, n_out, pairs = int(np.prod(ins)), int(np.prod(outs)), []
+    for leaf in parts:
+        a, b = (host(x).astype(np.float64) for x in (leaf.a, leaf.b))
+        r = a.shape[-1]
+        a = a.reshape(*a.shape[: a.ndim - len(ins) - 1], n_in, r)
+        b = b.reshape(*b.shape[: b.ndim - len(outs) - 1], r, n_out)
+        scale = host(leaf.scale).astype(np.float64)[..., None, None]
+        a = np.broadcast_to((scale != 0) * a, (*batch, n_in, r))  # scale 0: left alone
+        b = np.broadcast_to(scale * b, (*batch, r, n_out))
+        pairs.append((a.reshape(-1, n_in, r), b.reshape(-1, r, n_out)))
+    a, b = (np.concatenate([p[k] for p in pairs], axis) for k, axis in ((0, -1), (1, -2)))
+    return Factored(letters, [_live(x, y) for x, y in zip(a, b, strict=True)])
+
+
+def _live(a: np.ndarray, b: np.ndarray) -> Pair | None:
+    """Without columns that are padding: zero in both."""
+    live = np.any(a != 0, axis=0) | np.any(b != 0, axis=1)
+    return (a[:, live], b[live]) if np.any(live) else None
+
+
+def sizes(letters: str, shape: tuple[int, ...], letter: str) -> tuple[int, ...]:
+    return tuple(n for n, x in zip(shape, letters, strict=True) if x == letter)
+
+
+def as_lora(
+    factors: Factors, whole: Mapping[str, jax.Array], params: Any
+) -> tuple[LoRA, base.Trainable]:
+    """The LoRA with s = 1 that adds these products, and its tree with the leaves `whole` in it."""
+    flat = partition.flatten(params)
+    ranks: dict[str, int] = {}
+    tree: base.Trainable = {}
+    for path, update in factors.updates.items():
+        pairs, layers = update.pairs, partition.expand(path)
+        each = len(pairs) // len(layers)
+        of_layer = [
+            max((p[1].shape[0] for p in pairs[at * each : (at + 1) * each] if p), default=0)
+            for at in range(len(layers))
+        ]
+        if not any(of_layer):
+            continue
+        ranks |= {partition.module(e): r for e, r in zip(layers, of_layer, strict=True) if r}
+        tree[path] = _leaf(pairs, update.letters, tuple(flat[path].shape), max(of_layer))
+    every = [e for p in flat for e in partition.expand(p)]
+    modules = module_paths(every)
+    fields: dict[str, Any] = {"layouts": factors.layouts}
+    if whole:
+        fields["train"] = tuple(regexes([e for p in whole for e in partition.expand(p)], every))
+    if not ranks:
+        raise UserError("no adapter changes any module: there is nothing to combine")
+    found = rules(ranks, modules)
+    method = LoRA(
+        rank=found, alpha=_floats(found), targets=tuple(regexes(ranks, modules)), **fields
+    )
+    return method, {**tree, **whole}
+
+
+def _floats(ranks: Any) -> Any:
+    """alpha = rank: s = 1."""
+    return float(ranks) if isinstance(ranks, int) else tuple((p, float(r)) for p, r in ranks)
+
+
+def _leaf(
+    pairs: Sequence[Pair | None], letters: str, shape: tuple[int, ...], widest: int
+) -> dict[str, jax.Array]:
+    """{"a": [*batch, *in, r], "b": [*batch, r, *out]}, padded with zeros."""
+    batch, ins, outs = (sizes(letters, shape, k) for k in "bio")
+    a = np.zeros((len(pairs), int(np.prod(ins)), widest), np.float32)
+    b = np.zeros((len(pairs), widest, int(np.prod(outs))), np.float32)
+    for at, pair in enumerate(pairs):
+        if pair is not None:
+            a[at, :, : pair[0].shape[1]], b[at, : pair[1].shape[0]] = pair
+    return {
+        "a": jnp.asarray(a.reshape(*batch, *ins, widest)),
+        "b": jnp.asarray(b.reshape(*batch, widest, *outs)),
+    }
