@@ -21,6 +21,7 @@ _HOME = {
     "merge_error": "methods.merging",
     "combine_adapters": "methods.algebra",
     "reduce_rank": "methods.algebra",
+    "stack_adapters": "sweeps.members",
     "load_pretrained": "pretrained",
     "save_pretrained": "pretrained",
     "load_tokenizer": "pretrained",
