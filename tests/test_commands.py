@@ -28,7 +28,7 @@ def shown() -> list[tuple[str, str]]:
     for name, text in texts.items():
         for line in text.splitlines():
             for part in line.split("&&"):
-                if re.match(r"\s*(lora-jax|python experiments/)", part):
+                if re.match(r"\s*(lora-jax|python experiments/benchmark_)", part):
                     found.append((name, part.strip()))
     return found
 

@@ -133,16 +133,18 @@ def fit(
                 state, values = step(frozen, state, placed)
                 loop.took(number, batch, values)
                 last = number == steps
+                # Asked once: a signal that comes later in this round is met by the next one.
+                stopping = terminated.seen and not last
                 evaluating = evaluate is not None and (last or _due(number, eval_every))
-                saving = last or evaluating or _due(number, save_every) or terminated.seen
+                saving = last or evaluating or _due(number, save_every) or stopping
                 if saving or _due(number, log_every):
                     loop.flush(number)
-                if evaluating and not (terminated.seen and not last):
+                if evaluating and not stopping:
                     metrics = loop.evaluate(number, evaluate, frozen, state)
                     loop.save(number, state, metrics)
                 elif saving:
                     loop.save(number, state, None)
-                if terminated.seen and not last:
+                if stopping:
                     raise Interrupted(number, loop.settle())
         loop.settle()
     best = None if checkpoints is None else checkpoints.best

@@ -157,7 +157,7 @@ def table(scale):
 
 @pytest.mark.parametrize(
     "path",
-    sorted([p for p in EXPERIMENTS.glob("*.py") if "def table(" in p.read_text()]),
+    sorted([p for p in EXPERIMENTS.glob("*.py") if "def table(scale" in p.read_text()]),
     ids=lambda p: p.stem,
 )
 @pytest.mark.parametrize("scale", ["smoke", "small", "paper"])
