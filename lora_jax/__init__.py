@@ -22,6 +22,7 @@ _HOME = {
     "combine_adapters": "methods.algebra",
     "reduce_rank": "methods.algebra",
     "stack_adapters": "sweeps.members",
+    "match_budget": "methods.budget",
     "load_pretrained": "pretrained",
     "save_pretrained": "pretrained",
     "load_tokenizer": "pretrained",

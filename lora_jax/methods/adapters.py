@@ -78,6 +78,7 @@ class Adapter(activations.ActivationMethod):
     numeric: ClassVar[tuple[str, ...]] = ("size", "start", "init_std")
     places: ClassVar[tuple[str, ...]] = ()
     norm: ClassVar[bool] = False
+    size_field: ClassVar[str | None] = "size"
 
     size: int = 64
     activation: str = "relu"

@@ -23,6 +23,7 @@ from lora_jax.tensors.base import is_weight
 Trainable = dict[str, Any]
 METHODS: dict[str, type[Method]] = {}
 M = TypeVar("M", bound="type[Method]")
+S = TypeVar("S", bound="Method")
 
 
 def register(name: str, peft: Mapping[str, Any] | None = None) -> Callable[[M], M]:
@@ -75,6 +76,8 @@ class Method:
     numeric: ClassVar[tuple[str, ...]] = ()
     padding_exact: ClassVar[bool] = False
     peft_entries: ClassVar[Mapping[str, Any]] = {}
+    # The field that says how much trains, an int (rank, units, length, …); None: there is none.
+    size_field: ClassVar[str | None] = None
 
     @property
     def changes_base(self) -> bool:
@@ -131,6 +134,19 @@ class Method:
     def dropped(self, params: Any) -> Any:
         """`params` with a hole where a leaf is trained whole: what the frozen side must hold."""
         return params
+
+    def with_size(self: S, size: int) -> S:
+        """The method with another number in `size_field`; UserError where it has none, or rules.
+
+        `lora_jax.match_budget` finds the size for a number of trainable parameters.
+        """
+        if self.size_field is None:
+            raise UserError(f"{self.name!r} has no size: what it trains is all or nothing")
+        if not isinstance(old := getattr(self, self.size_field), int):
+            raise UserError(
+                f"{self.size_field}={old!r} is a set of rules: give {self.name!r} one number"
+            )
+        return dataclasses.replace(self, **{self.size_field: size})
 
     def scheduled(self, steps: int) -> Method:
         """The method for a run of so many updates, where it has a schedule of its own (AdaLoRA)."""

@@ -66,6 +66,7 @@ class LoRA(base.Method):
     )  # fmt: skip
     # A zero column of A beside a zero row of B has no gradient.
     padding_exact: ClassVar[bool] = True
+    size_field: ClassVar[str | None] = "rank"
 
     rank: Any = 8
     alpha: Any = 16.0

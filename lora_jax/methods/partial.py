@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from lora_jax import partition
 from lora_jax.errors import UserError
@@ -61,6 +61,8 @@ class TopLayers(FullFineTuning):
       layers: how many, counted from the output.
       train: further leaves, such as "^head/" or "^final_norm/".
     """
+
+    size_field: ClassVar[str | None] = "layers"
 
     layers: int = 2
     train: tuple[str, ...] = ()

@@ -54,6 +54,7 @@ class PrefixTuning(activations.ActivationMethod):
     """
 
     numeric: ClassVar[tuple[str, ...]] = ("init_std",)
+    size_field: ClassVar[str | None] = "length"
 
     length: int = 5
     hidden: int = 512

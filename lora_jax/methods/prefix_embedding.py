@@ -63,6 +63,7 @@ class _Special(activations.ActivationMethod):
     """What both have: how many special tokens, and their ids."""
 
     numeric: ClassVar[tuple[str, ...]] = ("init_std",)
+    size_field: ClassVar[str | None] = "prefix"
 
     prefix: int = 32
     infix: int = 0

@@ -46,6 +46,7 @@ class PromptTuning(activations.ActivationMethod):
     """
 
     numeric: ClassVar[tuple[str, ...]] = ("start", "init_range", "vocabulary", "labels")
+    size_field: ClassVar[str | None] = "length"
 
     length: int = 20
     start: str = "vocabulary"
