@@ -73,7 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("workdir")
     merge.add_argument("out")
     _analyze_arguments(add("analyze", _analyze, "inside an adapter: ranks, directions, intruders"))
-    add("list", _list, "methods, model families and tasks")
+    listed = add("list", _list, "methods, model families and tasks")
+    listed.add_argument("what", nargs="?", choices=["methods"], help="the methods as a table")
     return parser
 
 
@@ -238,6 +239,11 @@ def _list(args: argparse.Namespace, overrides: list[str]) -> None:
     from lora_jax import methods, models
     from lora_jax.data.tasks import TASKS
 
+    if args.what == "methods":
+        from lora_jax.methods import table
+
+        print(table.markdown())
+        return
     print("methods:", ", ".join(sorted(methods.METHODS)))
     print("model families:", ", ".join(sorted(models.FAMILIES)))
     print("tasks:", ", ".join(sorted(TASKS)))

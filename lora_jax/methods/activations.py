@@ -35,6 +35,8 @@ class ActivationMethod(base.Method):
       train: regexes of leaves trained whole besides, such as "^head/" for a new task's head.
     """
 
+    mergeable: ClassVar[bool] = False
+
     # What differs in size is structure unless a subclass says otherwise: nothing is ever padded.
     padding_exact: ClassVar[bool] = True
 

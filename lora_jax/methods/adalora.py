@@ -59,6 +59,7 @@ class AdaLoRA(Structured):
         authors' code and PEFT; eq. 4 has squares).
     """
 
+    trains: ClassVar[str] = "A, B and singular values, pruned to a budget"
     numeric: ClassVar[tuple[str, ...]] = ("alpha", "dropout")
     # Matrices and triplets are counted and ranked across the model: packs do not mix shapes.
     padding_exact: ClassVar[bool] = False

@@ -74,6 +74,8 @@ class Adapter(activations.ActivationMethod):
       train: further leaves trained whole, such as "^head/".
     """
 
+    inference: ClassVar[str] = "two small products and a function a place"
+
     # Padding: a zero column of down, with a zero bias, gives f(0) = 0 beside a zero row of up.
     numeric: ClassVar[tuple[str, ...]] = ("size", "start", "init_std")
     places: ClassVar[tuple[str, ...]] = ()
@@ -160,6 +162,7 @@ class AdapterH(Adapter):
     With `train=(r"^layers/.*_norm/",)` the layers' norms train too, as in that paper.
     """
 
+    trains: ClassVar[str] = "bottlenecks after attention and MLP"
     places: ClassVar[tuple[str, ...]] = ("attention/out", "mlp/out")
     activation: str = "gelu"
 
@@ -170,6 +173,7 @@ class AdapterL(Adapter):
     """On what each layer passes on, after a LayerNorm of its own (Lin et al. 2020,
     arXiv:2004.03829, eq. 1)."""
 
+    trains: ClassVar[str] = "a norm and a bottleneck after each layer"
     places: ClassVar[tuple[str, ...]] = ("out",)
     norm: ClassVar[bool] = True
 
@@ -182,6 +186,7 @@ class AdapterP(Adapter):
     AdapterHub's form besides runs the layer's own norm once more in front of it; this one does not.
     """
 
+    trains: ClassVar[str] = "a bottleneck after each MLP"
     places: ClassVar[tuple[str, ...]] = ("mlp/out",)
 
 
@@ -191,4 +196,5 @@ class AdapterD(AdapterP):
     """AdapterDrop (Rücklé et al. 2021, arXiv:2010.11918): none in the lowest `drop` layers, whose
     forward pass then needs no backward pass."""
 
+    trains: ClassVar[str] = "a bottleneck after each MLP of the upper layers"
     drop: int = 3

@@ -76,6 +76,11 @@ class Method:
     numeric: ClassVar[tuple[str, ...]] = ()
     padding_exact: ClassVar[bool] = False
     peft_entries: ClassVar[Mapping[str, Any]] = {}
+    # In a few words, for the table of methods (`methods.table`): what trains, whether `merge` can,
+    # and what an adapter that cannot be merged costs at inference.
+    trains: ClassVar[str] = ""
+    mergeable: ClassVar[bool] = True
+    inference: ClassVar[str] = "none"
     # The field that says how much trains, an int (rank, units, length, …); None: there is none.
     size_field: ClassVar[str | None] = None
 

@@ -30,6 +30,8 @@ class DoRA(LoRA):
     (section 4.3). Fields as in LoRA. Each target trains, besides A and B, one number an output.
     """
 
+    trains: ClassVar[str] = "A, B and a magnitude an output"
+
     # A padded or untargeted module's columns have no norm, and a gain of one whatever m is there.
     padding_exact: ClassVar[bool] = True
 

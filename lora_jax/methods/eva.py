@@ -39,6 +39,7 @@ class EVA(LoRA):
         does it by adjusting alpha.
     """
 
+    trains: ClassVar[str] = "A and B, A from its inputs' principal directions"
     numeric: ClassVar[tuple[str, ...]] = (*LoRA.numeric, "batches", "rho", "whiten")
     _start: ClassVar[Any] = None  # {leaf path: A [*batch, in, r]}, set by `prepare`
 

@@ -18,6 +18,7 @@ from lora_jax.tensors.base import densify
 class FullFineTuning(base.Method):
     """Trains the leaves whose expanded paths match a pattern of `train` (all by default)."""
 
+    trains: ClassVar[str] = "every leaf, or those named"
     padding_exact: ClassVar[bool] = True  # nothing is ever padded: `train` is structure
 
     train: tuple[str, ...] = (".*",)

@@ -49,6 +49,7 @@ class GaLore(FullFineTuning):
       scale: α in the paper, on the projected leaves' updates.
     """
 
+    trains: ClassVar[str] = "every leaf, or those named; moments in a subspace"
     numeric: ClassVar[tuple[str, ...]] = ()
 
     targets: str | tuple[str, ...] = r"(attention|mlp)/.*/kernel$"

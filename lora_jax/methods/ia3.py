@@ -40,6 +40,7 @@ class IA3(base.Method):
       layouts: see LoRA.
     """
 
+    trains: ClassVar[str] = "a factor a key, value and hidden unit"
     numeric: ClassVar[tuple[str, ...]] = ("targets",)
     # A module that a member of a pack does not target has live = 0, and a gain of one.
     padding_exact: ClassVar[bool] = True

@@ -34,6 +34,8 @@ class LoHa(Structured):
     zero, so the model is unchanged at the start. Other fields as in LoRA; only matrices.
     """
 
+    trains: ClassVar[str] = "the factors of two products, multiplied entry by entry"
+
     # Columns that are zero in A1, B1, A2 and B2 have no gradient in any of them.
     padding_exact: ClassVar[bool] = True
 

@@ -40,6 +40,8 @@ class LoKr(Structured):
       decompose_both: C in two factors too, where r is below half its longer side.
     """
 
+    trains: ClassVar[str] = "the factors of a Kronecker product"
+
     # Whether D is one array or two depends on the rank: padding would mix the two forms.
     padding_exact: ClassVar[bool] = False
 

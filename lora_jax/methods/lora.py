@@ -61,6 +61,7 @@ class LoRA(base.Method):
         are "bio", elsewhere 2-D is "io" and 4-D a convolution "iiio"; 3-D must be told.
     """
 
+    trains: ClassVar[str] = "A and B of each target"
     numeric: ClassVar[tuple[str, ...]] = (
         "rank", "alpha", "targets", "scaling", "dropout", "start", "init_scale",
     )  # fmt: skip

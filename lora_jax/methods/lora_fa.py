@@ -30,6 +30,7 @@ class LoRAFA(LoRA):
     would be frozen is the one that starts at zero.
     """
 
+    trains: ClassVar[str] = "B; A is frozen"
     numeric: ClassVar[tuple[str, ...]] = (*LoRA.numeric, "projection_seed")
 
     projection_seed: int = 0

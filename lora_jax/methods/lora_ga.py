@@ -33,6 +33,7 @@ class LoRAGA(Offset):
       split: "ArB2r": A0 from the first r vectors and B0 from the next; "A2rBr": the other way.
     """
 
+    trains: ClassVar[str] = "A and B, from W's gradient"
     _start: ClassVar[Starts | None] = None
 
     batches: int = 1

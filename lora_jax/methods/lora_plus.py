@@ -60,6 +60,7 @@ class LoRAPlus(LoRA):
     so do leaves trained whole. Its file is an ordinary LoRA.
     """
 
+    trains: ClassVar[str] = "A and B, B at a higher rate"
     numeric: ClassVar[tuple[str, ...]] = (*LoRA.numeric, "lr_ratio")
 
     lr_ratio: float = 16.0

@@ -1,10 +1,13 @@
-"""LoRA together with prefixes: LoRA+PE and LoRA+PL of the LoRA paper (appendix E)."""
+"""LoRA together with prefixes: LoRA+PE and LoRA+PL of the LoRA paper.
+
+Hu et al. 2021, arXiv:2106.09685, appendix E.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -19,6 +22,8 @@ from lora_jax.methods.prompt import EMBEDDING
 class _LoRAWithPrefix(LoRA):
     """LoRA, and `prefix` and `infix` special tokens that start as N(0, prefix_std²)."""
 
+    mergeable: ClassVar[bool] = False
+    inference: ClassVar[str] = "`prefix` + `infix` more positions"
     numeric = (*LoRA.numeric, "prefix_std")
 
     prefix: int = 8
@@ -80,6 +85,8 @@ class _LoRAWithPrefix(LoRA):
 class LoRAPrefixEmbedding(_LoRAWithPrefix):
     """LoRA+PE: LoRA and `PrefixEmbedding`."""
 
+    trains: ClassVar[str] = "A, B and embeddings of special tokens"
+
     def special(self) -> PrefixEmbedding:
         return PrefixEmbedding(prefix=self.prefix, infix=self.infix, init_std=self.prefix_std)
 
@@ -88,6 +95,8 @@ class LoRAPrefixEmbedding(_LoRAWithPrefix):
 @dataclasses.dataclass(frozen=True)
 class LoRAPrefixLayer(_LoRAWithPrefix):
     """LoRA+PL: LoRA and `PrefixLayer`."""
+
+    trains: ClassVar[str] = "A, B and activations of special tokens"
 
     def special(self) -> PrefixLayer:
         return PrefixLayer(prefix=self.prefix, infix=self.infix, init_std=self.prefix_std)

@@ -29,6 +29,7 @@ class LoRAXS(LoRA):
     are computed again from the base; `to_lora` gives an ordinary LoRA with A and R·B.
     """
 
+    trains: ClassVar[str] = "an r x r matrix between W's singular vectors"
     numeric: ClassVar[tuple[str, ...]] = (
         "rank", "alpha", "targets", "scaling", "dropout", "sigma",
     )  # fmt: skip

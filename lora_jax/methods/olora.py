@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
@@ -20,6 +20,8 @@ class OLoRA(Offset):
     The paper's W is (out, in), ours (in, out): hence the transpose. The model is unchanged at the
     start, and the base stays as it is: what the paper takes from W is kept beside it.
     """
+
+    trains: ClassVar[str] = "A and B, from W's QR decomposition"
 
     def starts(self, params: Any) -> Starts:
         flat = partition.flatten(params)

@@ -22,6 +22,7 @@ class BitFit(FullFineTuning):
     nothing to train: a UserError.
     """
 
+    trains: ClassVar[str] = "the biases"
     train: tuple[str, ...] = (r"(^|/)bias$",)
 
     def patterns(self, params: Any) -> tuple[str, ...]:
@@ -39,6 +40,7 @@ class HeadOnly(FullFineTuning):
     A language-model head that is tied to the embedding is not a head of its own: a UserError.
     """
 
+    trains: ClassVar[str] = "the head"
     train: tuple[str, ...] = (HEAD,)
 
     def patterns(self, params: Any) -> tuple[str, ...]:
@@ -62,6 +64,7 @@ class TopLayers(FullFineTuning):
       train: further leaves, such as "^head/" or "^final_norm/".
     """
 
+    trains: ClassVar[str] = "the last layers"
     size_field: ClassVar[str | None] = "layers"
 
     layers: int = 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ class PiSSA(Offset):
     The model is unchanged at the start. The paper's W_res is W − s·A0·B0 here, so the base stays
     as it is and the adapter is a plain LoRA of rank 2r (section 3 of its appendix on conversion).
     """
+
+    trains: ClassVar[str] = "A and B, from W's singular vectors"
 
     def starts(self, params: Any) -> Starts:
         flat, scales = partition.flatten(params), self.scales(params)

@@ -53,6 +53,8 @@ class PrefixTuning(activations.ActivationMethod):
       train: further leaves trained whole, such as "^head/".
     """
 
+    trains: ClassVar[str] = "keys and values before the text, through an MLP"
+    inference: ClassVar[str] = "`length` more keys a query"
     numeric: ClassVar[tuple[str, ...]] = ("init_std",)
     size_field: ClassVar[str | None] = "length"
 
@@ -183,6 +185,7 @@ class PTuningV2(PrefixTuning):
     For a language model, whose head is not new, set `train=()`.
     """
 
+    trains: ClassVar[str] = "keys and values before the text, and the head"
     length: int = 16
     hidden: int = 0
     train: tuple[str, ...] = dataclasses.field(default=(HEAD,), kw_only=True)

@@ -1,4 +1,6 @@
-"""Prefix-embedding and prefix-layer tuning, baselines of the LoRA paper (section 5.1).
+"""Prefix-embedding and prefix-layer tuning, baselines of the LoRA paper.
+
+Hu et al. 2021, arXiv:2106.09685, section 5.1.
 
 Special tokens, `prefix` of them before the text and `infix` between prompt and completion, whose
 embeddings train (PreEmbed), or whose activations after every layer do (PreLayer).
@@ -62,6 +64,7 @@ class InLayer:
 class _Special(activations.ActivationMethod):
     """What both have: how many special tokens, and their ids."""
 
+    inference: ClassVar[str] = "`prefix` + `infix` more positions"
     numeric: ClassVar[tuple[str, ...]] = ("init_std",)
     size_field: ClassVar[str | None] = "prefix"
 
@@ -103,6 +106,8 @@ class PrefixEmbedding(_Special):
       train: further leaves trained whole.
     """
 
+    trains: ClassVar[str] = "embeddings of special tokens"
+
     def fresh(self, key: jax.Array, params: Any) -> base.Trainable:
         """{sites/embed/out: {rows [P, D]}, sites/embed/tokens: {rows [I, D]}}."""
         d = activations.width(params, EMBEDDING, self.name)
@@ -128,6 +133,7 @@ class PrefixLayer(_Special):
     Args: as of `PrefixEmbedding`.
     """
 
+    trains: ClassVar[str] = "activations of special tokens in every layer"
     prefix: int = 8
 
     def fresh(self, key: jax.Array, params: Any) -> base.Trainable:

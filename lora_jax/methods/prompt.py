@@ -45,6 +45,8 @@ class PromptTuning(activations.ActivationMethod):
       train: further leaves trained whole, such as "^head/".
     """
 
+    trains: ClassVar[str] = "embeddings before the text"
+    inference: ClassVar[str] = "`length` more positions"
     numeric: ClassVar[tuple[str, ...]] = ("start", "init_range", "vocabulary", "labels")
     size_field: ClassVar[str | None] = "length"
 

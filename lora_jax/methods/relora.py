@@ -48,6 +48,7 @@ class ReLoRA(LoRA):
         of the paper: 0.999 by magnitude).
     """
 
+    trains: ClassVar[str] = "A and B, merged and begun anew"
     numeric: ClassVar[tuple[str, ...]] = ("alpha", "scaling", "dropout")
     padding_exact: ClassVar[bool] = False  # the factors are drawn again for their own ranks
 

@@ -41,6 +41,7 @@ class VeRA(Structured):
       alpha, scaling, start, init_scale: as they are; VeRA has no such choice.
     """
 
+    trains: ClassVar[str] = "two vectors a target; A and B are random and shared"
     numeric: ClassVar[tuple[str, ...]] = (
         "rank", "targets", "dropout", "d_initial", "projection_seed",
     )  # fmt: skip

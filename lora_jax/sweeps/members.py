@@ -61,7 +61,7 @@ def stack_adapters(params: Any, adapters: Sequence[tuple[Method, Any]]) -> Adapt
     """
     if not adapters:
         raise UserError("no adapters to stack")
-    methods, trees = zip(*adapters, strict=True)
+    methods, trees = tuple(m for m, _ in adapters), [dict(t) for _, t in adapters]
     first = methods[0]
     for other in methods[1:]:
         if (odd := _odd_field(first, other)) is not None:
@@ -73,7 +73,6 @@ def stack_adapters(params: Any, adapters: Sequence[tuple[Method, Any]]) -> Adapt
     if not type(first).padding_exact and any(s != shapes[0] for s in shapes):
         raise UserError(f"adapters of {first.name!r} cannot be padded: all must be of one size")
     numbers = [m.numbers(params) for m in methods]
-    trees = [dict(t) for t in trees]
     like, like_numbers = padding.hull(trees), padding.hull(numbers)
     return AdapterStack(
         method=first,
