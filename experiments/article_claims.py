@@ -58,7 +58,7 @@ def fewer_parameters(folder: Path, seed: int) -> dict[str, Any]:
 def less_memory(folder: Path, seed: int) -> dict[str, Any]:
     """Weights, gradients and optimizer state of LoRA over those of full fine-tuning.
 
-    The weights are bfloat16. Gradients count as float32; Adam's moments as the optimizer holds them.
+    The weights are bfloat16. Gradients count as float32, Adam's moments as the optimizer has them.
     """
     from lora_jax.plan.cost import device_bytes
 

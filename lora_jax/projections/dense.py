@@ -48,7 +48,7 @@ class Dense(Projection):
 
         squares, blocks = jax.lax.scan(add, jnp.zeros(d, jnp.float32), index)
         held = {}
-        if self.cached:
+        if blocks is not None:
             held = {"matrix": jnp.moveaxis(blocks, 0, 1).reshape(d, -1)[:, : self.size]}
         return {"scale": 1.0 / jnp.sqrt(squares), **held}
 
