@@ -6,6 +6,7 @@ Li et al. 2018, arXiv:1804.08838, eq. 2; Aghajanyan et al. 2020, arXiv:2012.1325
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -73,9 +74,11 @@ class Subspace(base.Method):
         where there are few (see `projections`). The same P either way.
     """
 
+    trains: ClassVar[str] = "d coordinates of a random subspace"
     numeric: ClassVar[tuple[str, ...]] = ("dimension", "projection_seed")
     # Coordinates beyond a member's own meet zeros in `numbers`: they move nothing.
     padding_exact: ClassVar[bool] = True
+    size_field: ClassVar[str | None] = "dimension"
 
     dimension: int = 1000
     projection: str = "fastfood"
@@ -184,37 +187,45 @@ class Subspace(base.Method):
     # P.
 
     def _projections(self, spans: list[Span]) -> dict[str, projections.Projection]:
-        """P by leaf path, or the one of all under ""."""
+        """P of all leaves as one vector, or the one of each size: tensors of a size are a batch."""
+        sizes = [sum(s.size * len(s.layers) for s in spans)]
+        if self.scope == "tensor":
+            sizes = sorted({s.size for s in spans})
+        return {str(n): projections.make(self.projection, n, self.cached) for n in sizes}
+
+    def _keys(self, seed: Any, spans: list[Span]) -> dict[str, jax.Array]:
+        """The keys of each of `_projections`: one, or one a tensor (each layer of a stack)."""
+        # Threefry whatever JAX's default is: P must not change.
+        root = jax.random.key(seed, impl="threefry2x32")
         if self.scope == "global":
-            total = sum(s.size * len(s.layers) for s in spans)
-            return {"": projections.make(self.projection, total, self.cached)}
-        return {s.path: projections.make(self.projection, s.size, self.cached) for s in spans}
+            return dict.fromkeys(self._projections(spans), root[None])
+        names: dict[str, list[int]] = {}
+        for span in spans:
+            names.setdefault(str(span.size), []).extend(zlib.crc32(e.encode()) for e in span.layers)
+        fold = jax.vmap(jax.random.fold_in, (None, 0))
+        return {n: fold(root, np.array(hashes, np.uint32)) for n, hashes in names.items()}
 
     def numbers(self, params: Any) -> dict[str, Any]:
-        """{"seed": uint32, "projections": of each P, by leaf path, a leading axis over layers}."""
-        spans, d, root = self.spans(params), self.coordinates(params), self.projection_seed
-        keys = _keys(np.uint32(root), spans, self.scope)
-        drawn = {
-            path: jax.jit(jax.vmap(lambda k, p=p: p.numbers(k, d)))(keys[path])
-            for path, p in self._projections(spans).items()
-        }
-        return {"seed": np.uint32(root), "projections": drawn}
+        """{"seed": uint32, "projections": the numbers of each, one row a tensor}."""
+        spans, d = self.spans(params), self.coordinates(params)
+        seed = np.uint32(self.projection_seed)
+        keys = self._keys(seed, spans)
+        drawn = {n: _drawn(p, d, keys[n]) for n, p in self._projections(spans).items()}
+        return {"seed": seed, "projections": drawn}
 
     def offsets(
         self, params: Any, vector: jax.Array, numbers: Mapping[str, Any]
     ) -> dict[str, jax.Array]:
         """P·theta_d by leaf path, each [layers, size]; `vector` is theta_d, padded or not."""
         spans = self.spans(params)
-        keys = _keys(numbers["seed"], spans, self.scope)
-        parts = {
-            path: jax.vmap(p.apply, (0, 0, None))(keys[path], numbers["projections"][path], vector)
-            for path, p in self._projections(spans).items()
-        }
-        if self.scope == "global":
-            sizes = [s.size * len(s.layers) for s in spans]
-            pieces = jax.lax.split(parts[""][0], sizes)
-            parts = {s.path: x for s, x in zip(spans, pieces, strict=True)}
-        return {s.path: parts[s.path].reshape(len(s.layers), s.size) for s in spans}
+        keys, held = self._keys(numbers["seed"], spans), numbers["projections"]
+        found: dict[str, jax.Array] = {}
+        for name, p in self._projections(spans).items():
+            flat = jax.vmap(p.apply, (0, 0, None))(keys[name], held[name], vector).reshape(-1)
+            here = [s for s in spans if self.scope == "global" or s.size == p.size]
+            pieces = jax.lax.split(flat, [s.size * len(s.layers) for s in here])
+            found |= {s.path: x for s, x in zip(here, pieces, strict=True)}
+        return {s.path: found[s.path].reshape(len(s.layers), s.size) for s in spans}
 
     # The protocol.
 
@@ -264,13 +275,20 @@ def _sum(w: Any, delta: jax.Array) -> jax.Array:
     return (w.astype(wide(w.dtype)) + delta).astype(w.dtype)
 
 
-def _keys(seed: Any, spans: list[Span], scope: str) -> dict[str, jax.Array]:
-    """A key a layer, by leaf path. Threefry whatever JAX's default is: P must not change."""
-    root = jax.random.key(seed, impl="threefry2x32")
-    if scope == "global":
-        return {"": root[None]}
-    names = {s.path: np.array([zlib.crc32(e.encode()) for e in s.layers], np.uint32) for s in spans}
-    return {p: jax.vmap(jax.random.fold_in, (None, 0))(root, x) for p, x in names.items()}
+def _drawn(p: projections.Projection, d: int, keys: jax.Array) -> dict[str, jax.Array]:
+    """The numbers of d coordinates, as a part of those of somewhat more.
+
+    So a search over d compiles four programs an octave, not one for every d.
+    """
+    step = 2 ** max(0, (d - 1).bit_length() - 3)
+    more = _numbers(p, -(-d // step) * step, keys)
+    like = jax.eval_shape(lambda: _numbers(p, d, keys))
+    return {n: x[tuple(slice(k) for k in like[n].shape)] for n, x in more.items()}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _numbers(p: projections.Projection, d: int, keys: jax.Array) -> dict[str, jax.Array]:
+    return jax.vmap(lambda key: p.numbers(key, d))(keys)
 
 
 def _layer(path: str) -> str:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.projections.base import Numbers, Projection, columns, random_signs
-from lora_jax.projections.shuffle import shuffle
+from lora_jax.projections.shuffle import rounds, shuffle
 from lora_jax.projections.walsh import walsh
 
 
@@ -42,20 +42,18 @@ class Fastfood(Projection):
         return jax.random.normal(jax.random.fold_in(key, 2), (self.length,), jnp.float32)
 
     def numbers(self, key: jax.Array, d: int) -> Numbers:
-        """{"scale": c for every coordinate [d]} and, held, {"gauss": G [L]}."""
+        """{"scale": c·B [d], "rounds": of Π [rounds, 2]} and, held, {"gauss": G [L]}."""
         gauss = self._gauss(key)
         c = self.length / (jnp.linalg.norm(gauss) * math.sqrt(self.size))
+        signs = jax.vmap(random_signs)(columns(jax.random.fold_in(key, 0), d))
         held = {"gauss": gauss} if self.cached else {}
-        return {"scale": jnp.full(d, c, jnp.float32), **held}
+        return {"scale": c * signs, "rounds": rounds(jax.random.fold_in(key, 1)), **held}
 
     def apply(self, key: jax.Array, numbers: Mapping[str, Any], x: jax.Array) -> jax.Array:
         x = (x * numbers["scale"])[: self.length]
-        signs = jax.vmap(random_signs)(columns(jax.random.fold_in(key, 0), x.size))
         short = 2 ** (x.size - 1).bit_length()  # H·(x, 0, 0, …) repeats H·(x, 0) of this length
-        small = walsh(jnp.pad(x * signs.astype(x.dtype), (0, short - x.size))) * math.sqrt(
-            short / self.length
-        )
-        long = shuffle(jax.random.fold_in(key, 1), jnp.tile(small, self.length // short))
+        small = walsh(jnp.pad(x, (0, short - x.size))) * math.sqrt(short / self.length)
+        long = shuffle(numbers["rounds"], jnp.tile(small, self.length // short))
 
         def times_gauss(z: jax.Array) -> jax.Array:
             gauss = numbers["gauss"] if self.cached else self._gauss(key)

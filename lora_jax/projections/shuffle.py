@@ -12,18 +12,23 @@ import jax.numpy as jnp
 _ROUNDS = 4
 
 
-def shuffle(key: jax.Array, x: jax.Array) -> jax.Array:
-    """x [2^k] with entry pi(i) at place i, where `key` decides pi.
+def rounds(key: jax.Array) -> jax.Array:
+    """What decides a permutation of any length: uint32 [rounds, 2]."""
+    return jax.random.bits(key, (_ROUNDS, 2), jnp.uint32)
+
+
+def shuffle(drawn: jax.Array, x: jax.Array) -> jax.Array:
+    """x [2^k] with entry pi(i) at place i, where `drawn` (from `rounds`) decides pi.
 
     Linear; its transpose is the inverse permutation, so neither direction scatters.
     """
     n = x.shape[-1]
 
     def by_pi(x: jax.Array) -> jax.Array:
-        return _taken(x, places(key, n))
+        return _taken(x, places(drawn, n))
 
     def back(x: jax.Array) -> jax.Array:
-        return _taken(x, places(key, n, inverse=True))
+        return _taken(x, places(drawn, n, inverse=True))
 
     return jax.lax.custom_linear_solve(back, x, lambda _, b: by_pi(b), lambda _, b: back(b))
 
@@ -32,11 +37,10 @@ def _taken(x: jax.Array, at: jax.Array) -> jax.Array:
     return x.at[at].get(mode="promise_in_bounds", unique_indices=True)
 
 
-def places(key: jax.Array, n: int, *, inverse: bool = False) -> jax.Array:
+def places(drawn: jax.Array, n: int, *, inverse: bool = False) -> jax.Array:
     """pi(0), …, pi(n - 1), or those of its inverse: uint32 [n]; n is a power of two."""
     bits = n.bit_length() - 1
     mask, half = jnp.uint32(n - 1), jnp.uint32((bits + 1) // 2)
-    drawn = jax.random.bits(key, (_ROUNDS, 2), jnp.uint32)
     x = jnp.arange(n, dtype=jnp.uint32)
     if not inverse:
         for i in range(_ROUNDS):
