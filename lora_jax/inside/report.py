@@ -78,7 +78,10 @@ def analyze(
     print(_text(tables["matrices"][[c for c in _SHOWN if c in tables["matrices"]]]))
     theirs: list[Update] = []
     if options.against is not None:
-        theirs = _open(options.against, base, options)
+        # Nothing is asked of their base: let go of it.
+        theirs = [
+            dataclasses.replace(x, weight=None) for x in _open(options.against, base, options)
+        ]
         tables["against"] = comparing.compare(_shown(mine, "comparison", options), theirs)
         print(f"\nagainst {options.against}: similarity φ, and what is captured of its energy")
         print(_text(tables["against"].drop(columns="path")))

@@ -160,7 +160,7 @@ def test_a_diverging_member_disturbs_nobody(tiny_config, tmp_path):
         np.testing.assert_allclose(rows, alone.mean(1), rtol=1e-2)
 
 
-AXES = [{"sweep": 2, "data": 2}, {"sweep": 2, "fsdp": 2}, {"sweep": 2, "tensor": 2}]
+AXES = [{"sweep": 2, "fsdp": 2}, {"sweep": 2, "tensor": 2}]
 
 
 @pytest.mark.parametrize("axes", AXES, ids=str)
