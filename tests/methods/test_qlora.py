@@ -69,7 +69,7 @@ def test_merging_into_the_dense_base_differs_by_the_error_of_quantisation(toy):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("dora", "nf4"), ("dora", "int8"), ("ia3", "nf4"), ("lora_ga", "nf4"), ("pissa", "nf4"),
+    [("dora", "int8"), ("ia3", "nf4"), ("lora_ga", "nf4"), ("pissa", "nf4"),
      ("relora", "nf4"), ("vera", "int8")],
 )  # fmt: skip
 def test_descendants_of_lora_stand_over_quantised_weights(name, kind):

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pathlib
 
-import descendants
-import jax
 import pytest
 
 import lora_jax as lj
-from lora_jax import cli, partition
-from lora_jax.methods import METHODS, table
+from lora_jax import cli
+from lora_jax.methods import METHODS, Method, table
 
 ROWS = {row.name: row for row in table.rows()}
 
@@ -35,16 +33,13 @@ def test_every_method_is_in_it_with_all_that_it_says(capsys):
     assert capsys.readouterr().out.strip() == table.markdown()
 
 
-@pytest.mark.parametrize("name", [n for n in ROWS if n not in ("eva", "lora_ga")])
+@pytest.mark.parametrize("name", ROWS)
 def test_what_merges_merges(name):
-    """An activation method says that it cannot, whatever it gets; all others give arrays."""
-    params = descendants.toy_params()
+    """A method that acts on activations says that it cannot, whatever it gets."""
     if not ROWS[name].merges:
         assert ROWS[name].inference != "none"
         with pytest.raises(lj.UserError, match="cannot be merged"):
-            METHODS[name]().merge(params, {})
+            METHODS[name]().merge({}, {})
         return
     assert ROWS[name].inference == "none"
-    method = descendants.METHODS.get(name, lj.FullFineTuning())
-    merged = method.merge(params, method.init(descendants.KEY, params))
-    assert all(isinstance(x, jax.Array) for x in partition.flatten(merged).values())
+    assert METHODS[name].merge is not Method.merge  # that it does is tested with each method
