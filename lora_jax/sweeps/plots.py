@@ -31,6 +31,9 @@ def draw(
         return []
     done = frame[frame["status"] == "finished"] if "status" in frame else frame
     fields = varied(done, keys)
+    # None among words (no quantisation, "nf4") is a word too: it has to sort with them.
+    words = [k for k in fields if not pd.api.types.is_numeric_dtype(done[k])]
+    done = done.assign(**{k: done[k].map(str) for k in words})
     paths = [_over(done, key, fields, metric, folder) for key in fields]
     numbers = [k for k in (RANK, RATE) if k in fields and _positive(done[k])]
     if numbers == [RANK, RATE]:
@@ -49,7 +52,7 @@ def _over(frame: pd.DataFrame, key: str, fields: Sequence[str], metric: str, fol
     groups = frame.groupby(others, dropna=False, sort=True) if others else [((), frame)]
     for name, part in groups:
         stats = part.groupby(key, sort=True, dropna=False)[metric].agg(["mean", "std"])
-        words = stats.index.dtype == object
+        words = not pd.api.types.is_numeric_dtype(stats.index)
         axes.errorbar(
             range(len(stats)) if words else stats.index,
             stats["mean"], stats["std"].fillna(0.0), label=_label(others, name), marker="o",

@@ -54,6 +54,12 @@ def test_the_page_holds_its_plots(tmp_path: Path) -> None:
     assert not re.search(r"""(src|href)=["'](?!data:)""", page)
 
 
+def test_none_is_a_value_among_words(tmp_path: Path) -> None:
+    rows = [{"model.quantize": q, "error": e, "status": "finished"} for q, e in
+            ((None, 0.1), ("nf4", 0.3), ("int8", 0.2))]  # fmt: skip
+    assert plots.draw(pd.DataFrame(rows), ["model.quantize"], "error", False, tmp_path)
+
+
 def test_a_sweep_without_the_metric_draws_nothing(tmp_path: Path) -> None:
     nothing = frame().drop(columns="error")
     assert plots.draw(nothing, KEYS, "error", False, tmp_path) == []
