@@ -221,7 +221,7 @@ class Subspace(base.Method):
         keys, held = self._keys(numbers["seed"], spans), numbers["projections"]
         found: dict[str, jax.Array] = {}
         for name, p in self._projections(spans).items():
-            flat = jax.vmap(p.apply, (0, 0, None))(keys[name], held[name], vector).reshape(-1)
+            flat = _applied(p, keys[name], held[name], vector).reshape(-1)
             here = [s for s in spans if self.scope == "global" or s.size == p.size]
             pieces = jax.lax.split(flat, [s.size * len(s.layers) for s in here])
             found |= {s.path: x for s, x in zip(here, pieces, strict=True)}
@@ -289,6 +289,14 @@ def _drawn(p: projections.Projection, d: int, keys: jax.Array) -> dict[str, jax.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _numbers(p: projections.Projection, d: int, keys: jax.Array) -> dict[str, jax.Array]:
     return jax.vmap(lambda key: p.numbers(key, d))(keys)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _applied(
+    p: projections.Projection, keys: jax.Array, numbers: Mapping[str, Any], vector: jax.Array
+) -> jax.Array:
+    """[tensors, size]."""
+    return jax.vmap(p.apply, (0, 0, None))(keys, numbers, vector)
 
 
 def _layer(path: str) -> str:

@@ -6,6 +6,8 @@ The place of entry i is a keyed bijection of k-bit numbers: rounds of a product 
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -37,6 +39,7 @@ def _taken(x: jax.Array, at: jax.Array) -> jax.Array:
     return x.at[at].get(mode="promise_in_bounds", unique_indices=True)
 
 
+@functools.partial(jax.jit, static_argnames=("n", "inverse"))  # traced once, used often
 def places(drawn: jax.Array, n: int, *, inverse: bool = False) -> jax.Array:
     """pi(0), …, pi(n - 1), or those of its inverse: uint32 [n]; n is a power of two."""
     bits = n.bit_length() - 1

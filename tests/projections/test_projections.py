@@ -201,7 +201,7 @@ def test_what_is_not_held_is_never_whole_in_memory(kind: str) -> None:
 
 def test_the_permutation() -> None:
     drawn = rounds(KEY)
-    for n in (1, 4, 8):
+    for n in (1, 8):
         forth = np.asarray(places(drawn, n))
         back = np.asarray(places(drawn, n, inverse=True))
         np.testing.assert_array_equal(np.sort(forth), np.arange(n))
