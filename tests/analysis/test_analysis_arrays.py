@@ -27,6 +27,25 @@ def test_factored_spectrum_is_that_of_the_dense_product(n_in, n_out, r):
     np.testing.assert_allclose(found.vt @ found.vt.T, np.eye(k), atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(9, 14), (14, 9), (5, 5)])
+def test_leading_directions_are_those_of_the_whole_decomposition(shape):
+    m = RNG.standard_normal(shape)
+    whole = analysis.svd(m)
+    on_device = analysis.leading(jnp.asarray(m, jnp.float32)[None], 3)
+    best = (whole.u[:, :3] * whole.s[:3]) @ whole.vt[:3]
+    for found, tolerance in (
+        (analysis.leading(m, 3), 1e-9),
+        ([np.asarray(x)[0] for x in on_device], 1e-4),
+    ):
+        u, s, vt = found
+        np.testing.assert_allclose(s, whole.s[:3], rtol=tolerance)
+        np.testing.assert_allclose(np.abs(np.sum(u * whole.u[:, :3], 0)), 1, rtol=tolerance)
+        np.testing.assert_allclose((u * s) @ vt, best, atol=10 * tolerance)
+    assert analysis.leading(m, 99).s.shape == (min(shape),)
+    flat = analysis.leading(np.outer(np.ones(4), np.ones(6)), 2)  # rank 1
+    assert flat.s[0] == pytest.approx(24**0.5) and flat.s[1] < 1e-6 and np.isfinite(flat.vt).all()
+
+
 def test_jax_batches_and_jit_agree_with_numpy():
     a = RNG.standard_normal((3, 10, 4)).astype(np.float32)
     b = RNG.standard_normal((3, 4, 7)).astype(np.float32)
