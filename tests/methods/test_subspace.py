@@ -80,6 +80,8 @@ def test_global_is_one_projection_of_all_leaves(projection: str) -> None:
         key = jax.random.key(5, impl="threefry2x32")
         numbers = method.numbers(params)
         held = jax.tree.map(lambda x: x[0], numbers["projections"][str(TOTAL)])
+        for name, x in jax.jit(p.numbers, static_argnums=1)(key, 20).items():
+            np.testing.assert_allclose(held[name], x, rtol=1e-6)
         offset = jax.jit(p.apply)(key, held, vector)
         # In the order of names without the layers' range.
         order = ["embed/embedding", "final_norm/scale", "head/kernel",
