@@ -88,13 +88,9 @@ def _of_model(
     head = getattr(model.config, "head", "lm")
     labels = {} if head in ("lm", "pooling", None) else {"num_labels": model.config.num_labels}
     _, params = pretrained.load_pretrained(base, head=head, **labels)
-    old = partition.flatten(params)
-    trained = {
-        path: x
-        for path, x in partition.flatten(tuned).items()
-        if not (path.startswith("head/") and head != "lm")
-        and not (path in old and np.array_equal(x, old[path]))
-    }
+    trained = partition.flatten(tuned)
+    if head != "lm":
+        trained = {path: x for path, x in trained.items() if not path.startswith("head/")}
     return updates(FullFineTuning(), trained, params, dense=True, modules=modules)
 
 

@@ -180,6 +180,7 @@ def test_planted_intruders_are_found():
     np.testing.assert_allclose(analysis.likeness(base, tuned)[0], 0.25, atol=0.01)
     assert analysis.count_intruders(base, tuned, k=1) == 1
     assert analysis.count_intruders(base, tuned, k=1, epsilon=0.2) == 0
+    assert analysis.count_intruders(base, tuned[:, ::-1], k=1) == 0  # it is not among the first
     # More of what W has already, however much, is no intruder; nor is a sign.
     kept = analysis.svd(w - 50.0 * np.outer(u[:, 9], vt[9])).vt.T
     assert analysis.count_intruders(base, kept) == 0

@@ -95,6 +95,8 @@ def test_factors_of_low_rank_methods_are_merged_minus_base(name):
     params, chosen = toy(), LOW_RANK[name]
     trainable = trained(chosen, params)
     if name == "rslora, unequal ranks":
+        stray = {x.path for x in inside.updates(chosen, trainable, params)}
+        assert "layers/0/attention/query" not in stray  # whatever its padding holds
         start = chosen.init(jax.random.key(0), params)
         for path, ab in trained(chosen, params).items():  # as training leaves it: padding is zero
             live = jnp.any(start[path]["a"] != 0, axis=1)
@@ -122,6 +124,15 @@ def test_other_methods_are_whole_differences_and_only_on_request(name):
     with pytest.raises(UserError, match="--dense"):
         inside.updates(chosen, trainable, params)
     check(inside.updates(chosen, trainable, params, dense=True), chosen, params, trainable)
+
+
+def test_layers_that_are_not_adapted_are_no_rows():
+    params, dora = toy(), method("dora", targets="layers/1/attention/query")
+    path = f"layers[0:{L}]/attention/query/kernel"
+    trainable = dora.init(jax.random.key(0), params)
+    trainable[path]["b"] = trainable[path]["b"].at[1].add(0.5)
+    found = inside.updates(dora, trainable, params, dense=True)
+    assert [x.path for x in found] == ["layers/1/attention/query"]
 
 
 def test_experts_and_kernels_of_many_axes():
