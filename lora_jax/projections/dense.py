@@ -21,7 +21,7 @@ class Dense(Projection):
 
     Cost: D·d products a pass. Held, P is D·d floats in memory, read once a pass. Not held, it is
     drawn in blocks of 256 rows, forwards and again backwards: 1 KiB·d of memory, but D·d normal
-    numbers, about a hundred times the products' own time. For large D take another kind.
+    numbers, some fifty times the products' own time on a CPU. For large D take another kind.
     """
 
     CACHED_UP_TO: ClassVar[int] = 2**18
