@@ -12,12 +12,14 @@ from lora_jax.sweeps.threshold import Run, Statistic, Target, crossing, curve
 
 @dataclasses.dataclass(frozen=True)
 class Ladder:
-    """Args:
-    low, high: the smallest and largest size, whole numbers; nothing outside is run.
-    points: sizes of the first round, evenly spaced in log size.
-    ratio: the search ends when the target lies between sizes this close to each other.
-    parts: into how many parts a round cuts that interval: 2 is bisection; a pack of many members
-      may as well cut it finer.
+    """Where a search looks, and how closely.
+
+    Attributes:
+      low, high: the smallest and largest size, whole numbers; nothing outside is run.
+      points: sizes of the first round, evenly spaced in log size.
+      ratio: the search ends when the target lies between sizes this close to each other.
+      parts: into how many parts a round cuts that interval: 2 is bisection; a pack of many
+        members may as well cut it finer.
     """
 
     low: int
