@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.errors import UserError
+from lora_jax.losses import cross_entropy, shifted_targets
 from lora_jax.methods import base
 
 M = TypeVar("M", bound=base.Method)
@@ -27,22 +28,13 @@ def loss(apply: Callable[..., Any], params: Any, batch: Mapping[str, Any]) -> ja
     """The mean loss that the batch is for: next tokens, or labels (classes or numbers)."""
     y = outputs(apply, params, batch)
     if "labels" not in batch:
-        targets = jnp.asarray(batch["tokens"])[:, 1:]
-        losses = _cross_entropy(y[:, :-1], targets)
-        weights = jnp.asarray(batch["loss_mask"], jnp.float32)[:, 1:]
-        if "segment_ids" in batch:
-            segments = jnp.asarray(batch["segment_ids"])
-            weights *= (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
+        targets, weights = shifted_targets(batch)
+        losses = cross_entropy(y, targets)
     elif jnp.issubdtype(jnp.asarray(batch["labels"]).dtype, jnp.integer):
-        losses, weights = _cross_entropy(y, jnp.asarray(batch["labels"])), batch["weights"]
+        losses, weights = cross_entropy(y, jnp.asarray(batch["labels"])), batch["weights"]
     else:
         losses, weights = (y[:, 0] - batch["labels"]) ** 2, batch["weights"]
     return jnp.sum(losses * weights) / jnp.maximum(jnp.sum(weights), 1.0)
-
-
-def _cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
 def real_tokens(batch: Mapping[str, Any]) -> jax.Array:
