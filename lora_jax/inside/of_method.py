@@ -18,8 +18,8 @@ from lora_jax import partition
 from lora_jax.errors import UserError
 from lora_jax.inside.update import Update, live_columns, placed
 from lora_jax.tensors.base import is_weight
-from lora_jax.tensors.folding import Folding
 from lora_jax.tensors.low_rank import LowRank
+from lora_jax.tensors.updates import factors_of, low_rank_parts
 
 _log = logging.getLogger(__name__)
 Axes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -52,7 +52,7 @@ def updates(
     """
     base = _float32(params) if dense else params
     old, changed = _changed(method, trainable, base)
-    low = {p: parts for p, x in changed.items() if (parts := _low_rank(x, old[p]))}
+    low = {p: parts for p, x in changed.items() if (parts := low_rank_parts(x, old[p]))}
     other = [p for p in changed if p not in low]
     odd = [p for p in other if is_weight(changed[p])] or ([] if low else other)
     if odd and not dense:
@@ -69,7 +69,7 @@ def updates(
         shape = tuple(old[path].shape)
         of_w = _Matrices(functools.partial(weights, path), axes, shape)
         of_delta = _Matrices(functools.partial(differences, path), axes, shape)
-        factors = _factors(low[path], of_w) if path in low else [None] * of_w.count
+        factors = _factors(low[path]) if path in low else [None] * of_w.count
         for at, (name, ab) in enumerate(zip(of_w.names(path), factors, strict=True)):
             delta = None if path in low else functools.partial(of_delta.get, at)
             if ab is None and (delta is None or not np.any(delta())):
@@ -170,15 +170,6 @@ def _dense(leaf: Any) -> Any:
     return leaf.dense() if is_weight(leaf) else leaf
 
 
-def _low_rank(leaf: Any, old: Any) -> list[LowRank]:
-    """The low-rank updates that stand over the old leaf; none where there is anything else."""
-    parts = []
-    while isinstance(leaf, LowRank | Folding):
-        parts.append(leaf.folded() if isinstance(leaf, Folding) else leaf)
-        leaf = leaf.w
-    return parts if leaf is old else []
-
-
 def _axes_of(leaf: LowRank) -> Axes:
     return leaf.batch_axes, leaf.in_axes, leaf.out_axes
 
@@ -189,21 +180,6 @@ def _usual_axes(path: str, leaf: Any) -> Axes:
     return tuple(range(stacked)), tuple(range(stacked, n - 1)), (n - 1,)
 
 
-def _factors(
-    parts: Sequence[LowRank], of_w: _Matrices
-) -> list[tuple[np.ndarray, np.ndarray] | None]:
+def _factors(parts: Sequence[LowRank]) -> list[tuple[np.ndarray, np.ndarray] | None]:
     """(A, B) of every matrix of a leaf, without padding; None where it is all padding."""
-    batch, (n_in, n_out) = of_w.sizes(0), of_w.matrix_shape
-    pairs = []
-    for leaf in parts:
-        a, b = np.asarray(leaf.a, np.float32), np.asarray(leaf.b, np.float32)
-        r = a.shape[-1]
-        a = a.reshape(*a.shape[: a.ndim - len(leaf.in_axes) - 1], n_in, r)
-        b = b.reshape(*b.shape[: b.ndim - len(leaf.out_axes) - 1], r, n_out)
-        scale = np.asarray(leaf.scale, np.float32)[..., None, None]
-        a = np.broadcast_to((scale != 0) * a, (*batch, n_in, r))  # scale 0: not adapted
-        b = np.broadcast_to(scale * b, (*batch, r, n_out))
-        pairs.append((a.reshape(-1, n_in, r), b.reshape(-1, r, n_out)))
-    a = np.concatenate([x for x, _ in pairs], -1)
-    b = np.concatenate([x for _, x in pairs], -2)
-    return [live_columns(x, y) for x, y in zip(a, b, strict=True)]
+    return [live_columns(x, y) for x, y in zip(*factors_of(parts, np.float32), strict=True)]

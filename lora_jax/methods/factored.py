@@ -17,8 +17,8 @@ from lora_jax.methods.lora import LoRA
 from lora_jax.methods.peft.patterns import module_paths, regexes, rules
 from lora_jax.methods.peft.whole import host
 from lora_jax.tensors.base import is_weight
-from lora_jax.tensors.folding import Folding
 from lora_jax.tensors.low_rank import LowRank
+from lora_jax.tensors.updates import factors_of, low_rank_parts
 
 Pair = tuple[np.ndarray, np.ndarray]
 """(A [in, r], B [r, out]) of one matrix, any scale in B."""
@@ -62,7 +62,7 @@ def read(method: base.Method, trainable: base.Trainable, params: Any) -> Factors
     for path, leaf in partition.flatten(variables["params"]).items():
         if leaf is old[path]:
             continue
-        parts = _parts(leaf, old[path])
+        parts = low_rank_parts(leaf, old[path])
         if parts:
             updates[path] = _factored(parts)
         elif is_weight(leaf) or is_weight(old[path]):
@@ -75,32 +75,11 @@ def read(method: base.Method, trainable: base.Trainable, params: Any) -> Factors
     return Factors(updates, whole, tuple(getattr(method, "layouts", ())))
 
 
-def _parts(leaf: Any, old: Any) -> list[LowRank]:
-    """The low-rank updates that stand over the old leaf; none where there is anything else."""
-    parts = []
-    while isinstance(leaf, LowRank | Folding):
-        parts.append(leaf.folded() if isinstance(leaf, Folding) else leaf)
-        leaf = leaf.w
-    return parts if leaf is old else []
-
-
 def _factored(parts: Sequence[LowRank]) -> Factored:
     first = parts[0]
-    shape, n = first.shape, first.ndim
     kinds = {**dict.fromkeys(first.in_axes, "i"), **dict.fromkeys(first.out_axes, "o")}
-    letters = "".join(kinds.get(i, "b") for i in range(-n, 0))
-    batch, ins, outs = (sizes(letters, shape, k) for k in "bio")
-    n_in, n_out, pairs = int(np.prod(ins)), int(np.prod(outs)), []
-    for leaf in parts:
-        a, b = (host(x).astype(np.float64) for x in (leaf.a, leaf.b))
-        r = a.shape[-1]
-        a = a.reshape(*a.shape[: a.ndim - len(ins) - 1], n_in, r)
-        b = b.reshape(*b.shape[: b.ndim - len(outs) - 1], r, n_out)
-        scale = host(leaf.scale).astype(np.float64)[..., None, None]
-        a = np.broadcast_to((scale != 0) * a, (*batch, n_in, r))  # scale 0: left alone
-        b = np.broadcast_to(scale * b, (*batch, r, n_out))
-        pairs.append((a.reshape(-1, n_in, r), b.reshape(-1, r, n_out)))
-    a, b = (np.concatenate([p[k] for p in pairs], axis) for k, axis in ((0, -1), (1, -2)))
+    letters = "".join(kinds.get(i, "b") for i in range(-first.ndim, 0))
+    a, b = factors_of(parts, np.float64)
     return Factored(letters, [_live(x, y) for x, y in zip(a, b, strict=True)])
 
 
