@@ -29,14 +29,11 @@ def gpt3(overrides: Mapping[str, Any]) -> tuple[Any, Any, Any]:
 
     import jax
 
-    from lora_jax import config, training
-    from lora_jax.experiment import from_dict, to_dict
+    from lora_jax import training
     from lora_jax.plan.sketch import Sketch
-    from lora_jax.sweeps.grid import assign_all
+    from lora_jax.sweeps.grid import configured
 
-    base = to_dict(from_dict(config.load_file(GPT3)))
-    experiment = from_dict(assign_all(base, overrides))
-    experiment = dataclasses.replace(experiment, mesh=training.MeshConfig())
+    experiment = dataclasses.replace(configured(GPT3, overrides), mesh=training.MeshConfig())
     params = Sketch(experiment).params
     tx = training.make_optimizer(experiment.optimizer, experiment.training.steps)
     state = jax.eval_shape(lambda p: training.init_state(experiment.method, p, tx), params)

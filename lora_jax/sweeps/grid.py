@@ -105,6 +105,11 @@ def assign_all(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[
     return config
 
 
+def configured(spec: str, overrides: Mapping[str, Any]) -> Experiment:
+    """The experiment of a config file, `path.py:arg`, with some fields replaced."""
+    return from_dict(assign_all(to_dict(from_dict(configs.load_file(spec))), overrides))
+
+
 def unique(members: Iterable[Member]) -> list[Member]:
     """Each member once, in order of first occurrence."""
     return list({member.name: member for member in reversed(list(members))}.values())[::-1]

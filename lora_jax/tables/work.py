@@ -13,9 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from lora_jax import config as configs
 from lora_jax.errors import UserError
-from lora_jax.experiment import from_dict, to_dict
+from lora_jax.experiment import to_dict
 from lora_jax.plan.sketch import Sketch
 from lora_jax.runs import write_json
 from lora_jax.sweeps import grid, search
@@ -72,7 +71,7 @@ class Trained:
     vary: Sequence[str] = ("data.seed", "training.dropout_seed")
 
     def measure(self, folder: Path, seeds: Sequence[int], progress: bool) -> Measured:
-        base = grid.assign_all(to_dict(from_dict(configs.load_file(self.config))), self.overrides)
+        base = to_dict(grid.configured(self.config, self.overrides))
         folder = folder / self._place()
         options = Options(mode="auto")
         chosen: Overrides = {}
@@ -188,8 +187,7 @@ class Counted:
     overrides: Overrides = dataclasses.field(default_factory=dict)
 
     def measure(self, folder: Path, seeds: Sequence[int], progress: bool) -> Measured:
-        base = to_dict(from_dict(configs.load_file(self.config)))
-        experiment = from_dict(grid.assign_all(base, self.overrides))
+        experiment = grid.configured(self.config, self.overrides)
         # A count needs no mesh, and no devices for one.
         bench = Sketch(dataclasses.replace(experiment, mesh=MeshConfig()))
         total = experiment.method.count(bench.params).total
