@@ -99,6 +99,8 @@ def pad(examples: Sequence[EncoderExample], *, rows: int, size: int, pad_id: int
 
 def widen(batch: Batch, length: int, pad_id: int) -> Batch:
     """The batch with rows padded to `length`; it computes the same."""
+    if batch["tokens"].shape[1] == length:
+        return batch
     found: Batch = {}
     for name, x in batch.items():
         fill = pad_id if name == "tokens" else 0
