@@ -51,11 +51,10 @@ class ActivationMethod(base.Method):
         raise TypeError(f"{type(self).__name__} does not define sites")
 
     def _whole(self, params: Any) -> list[str]:
-        return base.whole_leaves(params, self.train) if self.train else []
+        return base.whole_leaves(params, self.train)
 
     def init(self, key: jax.Array, params: Any) -> base.Trainable:
-        flat = partition.flatten(params)
-        return {**self.fresh(key, params), **{p: base.copy(flat[p]) for p in self._whole(params)}}
+        return {**self.fresh(key, params), **base.copies(params, self._whole(params))}
 
     def combine(
         self,
@@ -76,13 +75,11 @@ class ActivationMethod(base.Method):
         )
 
     def count(self, params: Any) -> base.Counts:
-        counts = count_fresh(self.fresh, params)
-        for name, n in base.count_whole(params, self._whole(params)).items():
-            counts[name] = counts.get(name, 0) + n
-        return base.Counts(counts)
+        fresh = count_fresh(self.fresh, params)
+        return base.Counts.of(fresh.items(), base.count_whole(params, self._whole(params)).items())
 
     def dropped(self, params: Any) -> Any:
-        return base.holes(params, self._whole(params)) if self.train else params
+        return base.holes(params, self._whole(params))
 
 
 def split(trainable: Mapping[str, Any]) -> tuple[base.Trainable, base.Trainable]:
@@ -117,12 +114,12 @@ def place(sites: Sites, params: Any) -> dict[str, Any]:
 def count_fresh(fresh: Callable[[jax.Array, Any], base.Trainable], params: Any) -> dict[str, int]:
     """Parameters of `fresh(key, params)` by target, `sites/layers/*/mlp/out`; nothing is drawn."""
     like = jax.eval_shape(fresh, jax.random.key(0), shapes(params))
-    counts: dict[str, int] = {}
-    for path, values in like.items():
-        name = base.target_name(path)
-        n = sum(int(np.prod(x.shape, dtype=np.int64)) for x in jax.tree.leaves(values))
-        counts[name] = counts.get(name, 0) + n
-    return counts
+    sizes = (
+        (base.target_name(path), int(np.prod(x.shape, dtype=np.int64)))
+        for path, values in like.items()
+        for x in jax.tree.leaves(values)
+    )
+    return base.Counts.of(sizes).per_target
 
 
 def shapes(params: Any) -> Any:

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora_jax import partition
 from lora_jax.errors import UserError
 from lora_jax.methods import base, peft
 from lora_jax.methods.lora import LoRA
@@ -84,25 +83,13 @@ class AdaLoRA(Structured):
     def scheduled(self, steps: int) -> AdaLoRA:
         return self if self.total_steps else dataclasses.replace(self, total_steps=steps)
 
-    def init(self, key: jax.Array, params: Any) -> base.Trainable:
-        flat = partition.flatten(params)
-        trainable: base.Trainable = {}
-        for path, ranks in self.ranks(params).items():
-            sizes, widest = flat[path].shape[-2:], max(ranks)
-            layers = [
-                {
-                    "a": self._gaussian(key, f"{e}/a", sizes[0], r, widest).T,
-                    "e": jnp.zeros(widest),
-                    "b": self._gaussian(key, f"{e}/b", sizes[1], r, widest),
-                }
-                for e, r in zip(partition.expand(path), ranks, strict=True)
-            ]
-            stacked = partition.stack_of(path) is not None
-            one = jax.tree.map(lambda *x: jnp.stack(x), *layers) if stacked else layers[0]
-            trainable[path] = one
-        for path in base.whole_leaves(params, self.train) if self.train else ():
-            trainable[path] = base.copy(flat[path])
-        return trainable
+    def _drawn(self, key: jax.Array, layer: str, leaf: Any, r: int, widest: int) -> dict[str, Any]:
+        n_in, n_out = leaf.shape[-2:]
+        return {
+            "a": self._gaussian(key, f"{layer}/a", n_in, r, widest).T,
+            "e": jnp.zeros(widest),
+            "b": self._gaussian(key, f"{layer}/b", n_out, r, widest),
+        }
 
     def _gaussian(self, key: jax.Array, name: str, size: int, r: int, widest: int) -> jax.Array:
         """[widest, size]: r rows of N(0, 0.02²), then zeros; row j depends on (name, j) alone."""
@@ -113,11 +100,8 @@ class AdaLoRA(Structured):
     def _adapted(self, leaf: LowRank, value: Any, numbers: Mapping[str, Any]) -> LowRank:
         return dataclasses.replace(leaf, a=value["a"], b=value["e"][..., :, None] * value["b"])
 
-    def count(self, params: Any) -> base.Counts:
-        counts = dict(super().count(params).per_target)
-        for path, ranks in self.ranks(params).items():
-            counts[base.target_name(path)] += sum(ranks)
-        return base.Counts(counts)
+    def _parameters(self, path: str, leaf: Any, ranks: list[int]) -> int:
+        return super()._parameters(path, leaf, ranks) + sum(ranks)
 
     def penalty(self, trainable: base.Trainable) -> jax.Array | float:
         """The mean of ‖AᵀA − I‖ and ‖B·Bᵀ − I‖ over all layers, times `orthogonality`."""

@@ -7,6 +7,7 @@ A new method is one file: a frozen dataclass that subclasses `Method`, registere
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
@@ -55,6 +56,14 @@ class Counts:
     """Trainable parameters per target, with layers added up (`layers/*/attention/query`)."""
 
     per_target: dict[str, int]
+
+    @classmethod
+    def of(cls, *parts: Iterable[tuple[str, int]]) -> Counts:
+        """Pairs of a target and a number; those of the same target are added up."""
+        counts: dict[str, int] = {}
+        for name, n in itertools.chain(*parts):
+            counts[name] = counts.get(name, 0) + n
+        return cls(counts)
 
     @property
     def total(self) -> int:
@@ -208,9 +217,12 @@ class Method:
 def whole_leaves(params: Any, patterns: tuple[str, ...]) -> list[str]:
     """Paths of the leaves trained whole: those whose expanded paths match a pattern.
 
-    Raises UserError where a pattern matches nothing, or only some layers of a stacked leaf: such
-    a stack must first be cut in segments, since a leaf either trains or does not.
+    Without patterns there are none. Raises UserError where a pattern matches nothing, or only some
+    layers of a stacked leaf: such a stack must first be cut in segments, since a leaf either trains
+    or does not.
     """
+    if not patterns:
+        return []
     flat = partition.flatten(params)
     every = [e for p in flat for e in partition.expand(p)]
     partition.check_patterns(patterns, every, "train")
@@ -241,6 +253,12 @@ def copy(x: Any) -> jax.Array:
     return jnp.array(x, copy=True)
 
 
+def copies(params: Any, paths: Iterable[str]) -> Trainable:
+    """Fresh buffers of some leaves, by path."""
+    flat = partition.flatten(params)
+    return {path: copy(flat[path]) for path in paths}
+
+
 def target_name(path: str) -> str:
     """`layers[0:30]/attention/query/kernel` as `layers/*/attention/query/kernel`."""
     return re.sub(r"\[\d+:\d+\]", "/*", path)
@@ -248,13 +266,12 @@ def target_name(path: str) -> str:
 
 def count_whole(params: Any, paths: Iterable[str]) -> dict[str, int]:
     flat = partition.flatten(params)
-    counts: dict[str, int] = {}
-    for path in paths:
-        name = target_name(path)
-        counts[name] = counts.get(name, 0) + int(np.prod(flat[path].shape, dtype=np.int64))
-    return counts
+    sizes = ((target_name(p), int(np.prod(flat[p].shape, dtype=np.int64))) for p in paths)
+    return Counts.of(sizes).per_target
 
 
 def holes(params: Any, paths: Iterable[str]) -> Any:
-    wanted = set(paths)
+    """`params` with holes at some paths; itself without any."""
+    if not (wanted := set(paths)):
+        return params
     return partition.split(params, lambda path, _: path in wanted)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -69,14 +70,11 @@ class DoRA(LoRA):
         """UserError: the norms of W cannot be had back from W'."""
         raise UserError("DoRA cannot be unmerged: keep the base's parameters")
 
-    def count(self, params: Any) -> base.Counts:
-        flat, counts = partition.flatten(params), dict(super().count(params).per_target)
-        for path, ranks in self.ranks(params).items():
-            layout, shape = self.layout(path, flat[path]), tuple(flat[path].shape)
-            outs = layout.sizes(shape, "o") + layout.sizes(shape, "b")
-            n = int(np.prod(outs, dtype=np.int64)) // len(ranks) * sum(r > 0 for r in ranks)
-            counts[base.target_name(path)] += n
-        return base.Counts(counts)
+    def _parameters(self, path: str, leaf: Any, ranks: list[int]) -> int:
+        layout, shape = self.layout(path, leaf), tuple(leaf.shape)
+        outs = layout.sizes(shape, "o") + layout.sizes(shape, "b")
+        magnitudes = math.prod(outs) // len(ranks) * sum(r > 0 for r in ranks)
+        return super()._parameters(path, leaf, ranks) + magnitudes
 
     # PEFT's files: LoRA's, and a vector of magnitudes for each module.
 

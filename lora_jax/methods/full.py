@@ -32,8 +32,7 @@ class FullFineTuning(base.Method):
         return base.whole_leaves(params, self.patterns(params))
 
     def init(self, key: jax.Array, params: Any) -> base.Trainable:
-        flat = partition.flatten(params)
-        return {p: base.copy(flat[p]) for p in self.leaves(params)}
+        return base.copies(params, self.leaves(params))
 
     def combine(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -85,9 +86,7 @@ class IA3(base.Method):
         for path, on in self.live(params).items():
             _, shape = self._sizes(path, flat[path])
             trainable[path] = {"l": jnp.ones(shape) * _like(jnp.asarray(on), len(shape))}
-        for path in base.whole_leaves(params, self.train) if self.train else ():
-            trainable[path] = base.copy(flat[path])
-        return trainable
+        return {**trainable, **base.copies(params, base.whole_leaves(params, self.train))}
 
     def numbers(self, params: Any) -> dict[str, Any]:
         """{"live": which layers are rescaled, by leaf path}."""
@@ -124,16 +123,18 @@ class IA3(base.Method):
 
     def count(self, params: Any) -> base.Counts:
         flat = partition.flatten(params)
-        counts: dict[str, int] = {}
-        for path, on in self.live(params).items():
-            n = int(np.prod(self._sizes(path, flat[path])[1], dtype=np.int64))
-            name = base.target_name(path)
-            counts[name] = counts.get(name, 0) + n // np.size(on) * int(np.sum(on))
-        whole = base.whole_leaves(params, self.train) if self.train else []
-        return base.Counts({**counts, **base.count_whole(params, whole)})
+        own = [
+            (
+                base.target_name(path),
+                math.prod(self._sizes(path, flat[path])[1]) // np.size(on) * int(np.sum(on)),
+            )
+            for path, on in self.live(params).items()
+        ]
+        whole = base.count_whole(params, base.whole_leaves(params, self.train))
+        return base.Counts.of(own, whole.items())
 
     def dropped(self, params: Any) -> Any:
-        return base.holes(params, base.whole_leaves(params, self.train)) if self.train else params
+        return base.holes(params, base.whole_leaves(params, self.train))
 
     def to_peft(
         self, trainable: base.Trainable, names: peft.ModelNames, params: Any

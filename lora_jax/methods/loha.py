@@ -11,9 +11,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lora_jax import partition
 from lora_jax.methods import base, peft
-from lora_jax.methods.lora import LoRA
 from lora_jax.methods.structured import Part, Structured
 from lora_jax.tensors.hadamard import Hadamard
 from lora_jax.tensors.low_rank import LowRank
@@ -39,24 +37,9 @@ class LoHa(Structured):
     # Columns that are zero in A1, B1, A2 and B2 have no gradient in any of them.
     padding_exact: ClassVar[bool] = True
 
-    def init(self, key: jax.Array, params: Any) -> base.Trainable:
-        flat = partition.flatten(params)
-        trainable: base.Trainable = {}
-        for path, ranks in self.ranks(params).items():
-            n_in, n_out = flat[path].shape[-2:]
-            stacked = partition.stack_of(path) is not None
-            layers = [
-                self._drawn(key, ours, n_in, n_out, r, max(ranks))
-                for ours, r in zip(partition.expand(path), ranks, strict=True)
-            ]
-            trainable[path] = (
-                jax.tree.map(lambda *x: jnp.stack(x), *layers) if stacked else layers[0]
-            )
-        for path in base.whole_leaves(params, self.train) if self.train else ():
-            trainable[path] = base.copy(flat[path])
-        return trainable
+    def _drawn(self, key: jax.Array, layer: str, leaf: Any, r: int, widest: int) -> dict[str, Any]:
+        n_in, n_out = leaf.shape[-2:]
 
-    def _drawn(self, key: jax.Array, layer: str, n_in: int, n_out: int, r: int, widest: int) -> Any:
         def columns(name: str, size: int, bound: float) -> jax.Array:
             own = jax.random.fold_in(key, zlib.crc32(name.encode()))
             # LoRA's columns are within 1/sqrt(size); a layer of rank 0 has none.
@@ -73,10 +56,8 @@ class LoHa(Structured):
     def _adapted(self, leaf: LowRank, value: Any, numbers: Mapping[str, Any]) -> Hadamard:
         return Hadamard(leaf.w, dict(value), leaf.scale, leaf.key, leaf.rate, leaf.path)
 
-    def count(self, params: Any) -> base.Counts:
-        double = {base.target_name(p) for p in self.ranks(params)}
-        counts = LoRA.count(self, params).per_target
-        return base.Counts({k: n * 2 if k in double else n for k, n in counts.items()})
+    def _parameters(self, path: str, leaf: Any, ranks: list[int]) -> int:
+        return 2 * super()._parameters(path, leaf, ranks)
 
     def to_peft(
         self, trainable: base.Trainable, names: peft.ModelNames, params: Any

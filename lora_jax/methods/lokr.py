@@ -75,22 +75,6 @@ class LoKr(Structured):
                 )
         return found
 
-    def init(self, key: jax.Array, params: Any) -> base.Trainable:
-        flat = partition.flatten(params)
-        trainable: base.Trainable = {}
-        for path, ranks in self.ranks(params).items():
-            layers = [
-                self._drawn(key, ours, flat[path], r, max(ranks))
-                for ours, r in zip(partition.expand(path), ranks, strict=True)
-            ]
-            stacked = partition.stack_of(path) is not None
-            trainable[path] = (
-                jax.tree.map(lambda *x: jnp.stack(x), *layers) if stacked else layers[0]
-            )
-        for path in base.whole_leaves(params, self.train) if self.train else ():
-            trainable[path] = base.copy(flat[path])
-        return trainable
-
     def _drawn(self, key: jax.Array, layer: str, leaf: Any, r: int, widest: int) -> dict[str, Any]:
         """A layer's arrays: uniform within 1/sqrt(fan-in), which is our first axis; C zero."""
         key = jax.random.fold_in(key, zlib.crc32(layer.encode()))
@@ -117,17 +101,8 @@ class LoKr(Structured):
         d = value["d"] if "d" in value else value["d_in"] @ value["d_out"]
         return Kronecker(leaf.w, c, d, leaf.scale, leaf.key, leaf.rate, leaf.path)
 
-    def count(self, params: Any) -> base.Counts:
-        flat = partition.flatten(params)
-        counts: dict[str, int] = {}
-        for path, ranks in self.ranks(params).items():
-            name = base.target_name(path)
-            sizes = [math.prod(s) for r in ranks if r for s in self._shapes(flat[path], r).values()]
-            counts[name] = counts.get(name, 0) + sum(sizes)
-        whole = base.whole_leaves(params, self.train) if self.train else []
-        for name, n in base.count_whole(params, whole).items():
-            counts[name] = counts.get(name, 0) + n
-        return base.Counts(counts)
+    def _parameters(self, path: str, leaf: Any, ranks: list[int]) -> int:
+        return sum(math.prod(s) for r in ranks if r for s in self._shapes(leaf, r).values())
 
     def to_peft(
         self, trainable: base.Trainable, names: peft.ModelNames, params: Any

@@ -94,7 +94,7 @@ class LoRA(base.Method):
         flat = partition.flatten(params)
         patterns = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
         rules = partition.Rules.of(self.rank)
-        whole = set(base.whole_leaves(params, self.train)) if self.train else set()
+        whole = set(base.whole_leaves(params, self.train))
         found: dict[str, list[int]] = {}
         for path, leaf in flat.items():
             if path in whole:
@@ -172,14 +172,14 @@ class LoRA(base.Method):
 
     def init(self, key: jax.Array, params: Any) -> base.Trainable:
         flat = partition.flatten(params)
-        trainable: base.Trainable = {}
-        for path, ranks in self.ranks(params).items():
-            trainable[path] = self._factors(key, path, flat[path], ranks)
-        for path in base.whole_leaves(params, self.train) if self.train else ():
-            trainable[path] = base.copy(flat[path])
-        return trainable
+        factors = {
+            path: self._factors(key, path, flat[path], ranks)
+            for path, ranks in self.ranks(params).items()
+        }
+        return {**factors, **base.copies(params, base.whole_leaves(params, self.train))}
 
     def _factors(self, key: jax.Array, path: str, leaf: Any, ranks: list[int]) -> Any:
+        """What trains for a leaf at the start."""
         layout = self.layout(path, leaf)
         shape = tuple(leaf.shape)
         ins, outs = layout.sizes(shape, "i"), layout.sizes(shape, "o")
@@ -287,20 +287,21 @@ class LoRA(base.Method):
 
     def count(self, params: Any) -> base.Counts:
         flat = partition.flatten(params)
-        counts: dict[str, int] = {}
-        for path, ranks in self.ranks(params).items():
-            layout, shape = self.layout(path, flat[path]), tuple(flat[path].shape)
-            width = math.prod(layout.sizes(shape, "i")) + math.prod(layout.sizes(shape, "o"))
-            copies = math.prod(layout.sizes(shape, "b")) // len(ranks)
-            name = base.target_name(path)
-            counts[name] = counts.get(name, 0) + sum(ranks) * width * copies
-        whole = base.whole_leaves(params, self.train) if self.train else []
-        for name, n in base.count_whole(params, whole).items():
-            counts[name] = counts.get(name, 0) + n
-        return base.Counts(counts)
+        own = [
+            (base.target_name(path), self._parameters(path, flat[path], ranks))
+            for path, ranks in self.ranks(params).items()
+        ]
+        whole = base.count_whole(params, base.whole_leaves(params, self.train))
+        return base.Counts.of(own, whole.items())
+
+    def _parameters(self, path: str, leaf: Any, ranks: list[int]) -> int:
+        """Numbers that train in what `_factors` gives for a leaf, without padding."""
+        layout, shape = self.layout(path, leaf), tuple(leaf.shape)
+        width = math.prod(layout.sizes(shape, "i")) + math.prod(layout.sizes(shape, "o"))
+        return sum(ranks) * width * (math.prod(layout.sizes(shape, "b")) // len(ranks))
 
     def dropped(self, params: Any) -> Any:
-        return base.holes(params, base.whole_leaves(params, self.train)) if self.train else params
+        return base.holes(params, base.whole_leaves(params, self.train))
 
     def to_peft(
         self, trainable: base.Trainable, names: peft.ModelNames, params: Any

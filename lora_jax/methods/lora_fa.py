@@ -67,14 +67,11 @@ class LoRAFA(LoRA):
     def unmerge(self, merged: Any, trainable: base.Trainable) -> Any:
         return super().unmerge(merged, _with(trainable, self.projections(merged)))
 
-    def count(self, params: Any) -> base.Counts:
-        flat, counts = partition.flatten(params), dict(super().count(params).per_target)
-        for path, ranks in self.ranks(params).items():
-            layout, shape = self.layout(path, flat[path]), tuple(flat[path].shape)
-            copies = math.prod(layout.sizes(shape, "b")) // len(ranks)
-            frozen = sum(ranks) * math.prod(layout.sizes(shape, "i")) * copies
-            counts[base.target_name(path)] -= frozen
-        return base.Counts(counts)
+    def _parameters(self, path: str, leaf: Any, ranks: list[int]) -> int:
+        layout, shape = self.layout(path, leaf), tuple(leaf.shape)
+        copies = math.prod(layout.sizes(shape, "b")) // len(ranks)
+        frozen = sum(ranks) * math.prod(layout.sizes(shape, "i")) * copies
+        return super()._parameters(path, leaf, ranks) - frozen
 
     def to_peft(
         self, trainable: base.Trainable, names: peft.ModelNames, params: Any

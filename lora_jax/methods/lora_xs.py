@@ -61,22 +61,16 @@ class LoRAXS(LoRA):
             found[path] = as_factors(a, b, flat[path], layout, ranks)
         return found
 
-    def init(self, key: jax.Array, params: Any) -> base.Trainable:
-        flat = partition.flatten(params)
-        trainable: base.Trainable = {}
-        for path, ranks in self.ranks(params).items():
-            batch = self.layout(path, flat[path]).sizes(tuple(flat[path].shape), "b")
-            r, layers = max(ranks), partition.expand(path)
-            own = math.prod(batch) // len(ranks)
-            drawn = [
-                _square(jax.random.fold_in(key, zlib.crc32(f"{e}#{j}".encode())), n, r)
-                for e, n in zip(layers, ranks, strict=True)
-                for j in range(own)
-            ]
-            trainable[path] = {"r": self.sigma * jnp.stack(drawn).reshape(*batch, r, r)}
-        for path in base.whole_leaves(params, self.train) if self.train else ():
-            trainable[path] = base.copy(flat[path])
-        return trainable
+    def _factors(self, key: jax.Array, path: str, leaf: Any, ranks: list[int]) -> Any:
+        batch = self.layout(path, leaf).sizes(tuple(leaf.shape), "b")
+        r, layers = max(ranks), partition.expand(path)
+        own = math.prod(batch) // len(ranks)
+        drawn = [
+            _square(jax.random.fold_in(key, zlib.crc32(f"{e}#{j}".encode())), n, r)
+            for e, n in zip(layers, ranks, strict=True)
+            for j in range(own)
+        ]
+        return {"r": self.sigma * jnp.stack(drawn).reshape(*batch, r, r)}
 
     def numbers(self, params: Any) -> dict[str, Any]:
         """LoRA's, and {"frozen": A and B by leaf path} (a singular value decomposition each)."""
@@ -91,17 +85,9 @@ class LoRAXS(LoRA):
         """UserError: A and B are those of W, and cannot be had from what it became."""
         raise UserError("LoRA-XS cannot be unmerged: keep the base's parameters")
 
-    def count(self, params: Any) -> base.Counts:
-        flat = partition.flatten(params)
-        counts: dict[str, int] = {}
-        for path, ranks in self.ranks(params).items():
-            batch = self.layout(path, flat[path]).sizes(tuple(flat[path].shape), "b")
-            name, own = base.target_name(path), math.prod(batch) // len(ranks)
-            counts[name] = counts.get(name, 0) + sum(r * r for r in ranks) * own
-        whole = base.whole_leaves(params, self.train) if self.train else []
-        for name, n in base.count_whole(params, whole).items():
-            counts[name] = counts.get(name, 0) + n
-        return base.Counts(counts)
+    def _parameters(self, path: str, leaf: Any, ranks: list[int]) -> int:
+        batch = self.layout(path, leaf).sizes(tuple(leaf.shape), "b")
+        return sum(r * r for r in ranks) * (math.prod(batch) // len(ranks))
 
     def to_lora(self, params: Any, trainable: base.Trainable) -> tuple[LoRA, base.Trainable]:
         """The plain LoRA with A and R·B, which `save_adapter` writes for PEFT."""

@@ -48,11 +48,8 @@ class Offset(LoRA):
         return not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params))
 
     def init(self, key: jax.Array, params: Any) -> base.Trainable:
-        flat = partition.flatten(params)
-        trainable: base.Trainable = jax.tree.map(jnp.copy, self.starts(params))
-        for path in base.whole_leaves(params, self.train) if self.train else ():
-            trainable[path] = base.copy(flat[path])
-        return trainable
+        own: base.Trainable = jax.tree.map(jnp.copy, self.starts(params))
+        return {**own, **base.copies(params, base.whole_leaves(params, self.train))}
 
     def numbers(self, params: Any) -> dict[str, Any]:
         """LoRA's, and {"start": A0 and B0 by leaf path}.

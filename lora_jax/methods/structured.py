@@ -40,7 +40,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Structured(LoRA):
-    """Base of such methods; a subclass defines `init`, `_adapted` and `count`.
+    """Base of such methods; a subclass defines `_drawn`, `_adapted` and `_parameters`.
 
     Targets are matrices (stacked or not); there is no choice of start. Dropout acts on the input
     of the update, which PEFT's forms of these methods do not have.
@@ -63,6 +63,19 @@ class Structured(LoRA):
                     f"{tuple(flat[path].shape)}: take it off targets"
                 )
         return found
+
+    def _drawn(self, key: jax.Array, layer: str, leaf: Any, r: int, widest: int) -> dict[str, Any]:
+        """A layer's arrays at the start, by name: rank r, padded to `widest`."""
+        raise TypeError(f"{type(self).__name__} does not define _drawn")
+
+    def _factors(self, key: jax.Array, path: str, leaf: Any, ranks: list[int]) -> Any:
+        layers = [
+            self._drawn(key, layer, leaf, r, max(ranks))
+            for layer, r in zip(partition.expand(path), ranks, strict=True)
+        ]
+        if partition.stack_of(path) is None:
+            return layers[0]
+        return jax.tree.map(lambda *x: jnp.stack(x), *layers)
 
     def _adapted(self, leaf: LowRank, value: Any, numbers: Mapping[str, Any]) -> Any:
         """The weight of one target. `leaf` has W, scale, key, rate and path; no factors."""

@@ -137,7 +137,7 @@ class Subspace(base.Method):
         )
 
     def _whole(self, params: Any) -> list[str]:
-        return base.whole_leaves(params, self.train) if self.train else []
+        return base.whole_leaves(params, self.train)
 
     @property
     def changes_base(self) -> bool:
@@ -234,8 +234,7 @@ class Subspace(base.Method):
         own = {"vector": jnp.zeros(self.coordinates(params))}
         if groups := self.groups(self.spans(params)):
             own["scales"] = jnp.ones(len(set(groups.values())))
-        flat = partition.flatten(params)
-        return {OWN: own, **{p: base.copy(flat[p]) for p in self._whole(params)}}
+        return {OWN: own, **base.copies(params, self._whole(params))}
 
     def combine(
         self,
@@ -268,7 +267,7 @@ class Subspace(base.Method):
         return base.Counts({**counts, **base.count_whole(params, self._whole(params))})
 
     def dropped(self, params: Any) -> Any:
-        return base.holes(params, self._whole(params)) if self.train else params
+        return base.holes(params, self._whole(params))
 
 
 def _sum(w: Any, delta: jax.Array) -> jax.Array:

@@ -90,15 +90,13 @@ class VeRA(Structured):
         }
 
     def init(self, key: jax.Array, params: Any) -> base.Trainable:
-        flat = partition.flatten(params)
-        trainable: base.Trainable = {}
+        flat, ranks = partition.flatten(params), self.ranks(params)
+        own: base.Trainable = {}
         for path, on in self.scales(params).items():
-            rank = max(self.ranks(params)[path])
-            d = jnp.full((*np.shape(on), rank), self.d_initial) * jnp.expand_dims(on, -1)
-            trainable[path] = {"d": d, "b": jnp.zeros((*np.shape(on), flat[path].shape[-1]))}
-        for path in base.whole_leaves(params, self.train) if self.train else ():
-            trainable[path] = base.copy(flat[path])
-        return trainable
+            d = jnp.full((*np.shape(on), max(ranks[path])), self.d_initial)
+            b = jnp.zeros((*np.shape(on), flat[path].shape[-1]))
+            own[path] = {"d": d * jnp.expand_dims(on, -1), "b": b}
+        return {**own, **base.copies(params, base.whole_leaves(params, self.train))}
 
     def numbers(self, params: Any) -> dict[str, Any]:
         """LoRA's, and {"shared": A and B}, held once for all layers."""
@@ -108,17 +106,8 @@ class VeRA(Structured):
         arrays = {**numbers["shared"], "d": value["d"], "g": value["b"]}
         return VeraWeight(leaf.w, arrays, leaf.scale, leaf.key, leaf.rate, leaf.path)
 
-    def count(self, params: Any) -> base.Counts:
-        flat = partition.flatten(params)
-        counts: dict[str, int] = {}
-        for path, ranks in self.ranks(params).items():
-            name = base.target_name(path)
-            n = sum(r + flat[path].shape[-1] for r in ranks if r)
-            counts[name] = counts.get(name, 0) + n
-        whole = base.whole_leaves(params, self.train) if self.train else []
-        for name, n in base.count_whole(params, whole).items():
-            counts[name] = counts.get(name, 0) + n
-        return base.Counts(counts)
+    def _parameters(self, path: str, leaf: Any, ranks: list[int]) -> int:
+        return sum(r + leaf.shape[-1] for r in ranks if r)
 
     def to_peft(
         self, trainable: base.Trainable, names: peft.ModelNames, params: Any
