@@ -333,3 +333,19 @@ def test_galore_moves_in_the_gradients_subspace_and_decays_all():
     np.testing.assert_array_equal(state.projections[name], kept)
     _, state = tx.update({**grads, name: 3 * w}, state, tree)
     assert not np.allclose(state.projections[name], kept)
+
+
+@pytest.mark.parametrize("name", ["lora", "loha", "lokr", "ia3", "adalora", "dora", "lora_fa"])
+def test_a_target_counts_once_beside_its_layers_that_train_whole(name: str) -> None:
+    """Leaves of one target, adapted in some layers and trained whole in another, add up."""
+    params = partition.split_stacks(toy_params(), {"layers": [1]})
+    size = {} if name == "ia3" else {"rank": 2}
+    method = ALL[name](
+        targets=r"layers/(1|2)/attention/query$",
+        train=(r"layers/0/attention/query/kernel$",), **size,
+        **({"feedforward": "mlp/down$"} if name == "ia3" else {}),
+    )  # fmt: skip
+    trainable = method.init(KEY, params)
+    assert len(trainable) == 2
+    held = sum(x.size for x in jax.tree.leaves(trainable))
+    assert method.count(params).total == held
