@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import warnings
 
@@ -62,9 +63,21 @@ def fresh(kind, folder):
 
 def theirs(model, ahead=0):
     """Logits of the text, without those of the `ahead` rows in front."""
+    tokens = torch.tensor(TOKENS, dtype=torch.long)
+    mask = torch.ones(TOKENS.shape, dtype=torch.long)
+    if getattr(model, "peft_type", None) == "PREFIX_TUNING":
+        # PEFT's own way asks transformers' signatures for `past_key_values`; 5.24 renamed it in
+        # those of its heads. The keys and values that PEFT stored are handed over here.
+        cache, model = model.get_prompt(len(tokens)), model.get_base_model()
+        names = inspect.signature(model.forward).parameters
+        name = "cache" if "cache" in names else "past_key_values"
+        rows = cache.get_seq_length()
+        mask = torch.cat([torch.ones(len(tokens), rows, dtype=torch.long), mask], dim=1)
+        options = {name: cache}
+    else:
+        options = {}
     with torch.no_grad():
-        out = model(input_ids=torch.tensor(TOKENS, dtype=torch.long),
-                    attention_mask=torch.ones(TOKENS.shape, dtype=torch.long)).logits  # fmt: skip
+        out = model(input_ids=tokens, attention_mask=mask, **options).logits
     return out.numpy()[:, ahead:] if out.ndim == 3 else out.numpy()
 
 
