@@ -10,6 +10,7 @@ import ast
 import copy
 import dataclasses
 import importlib.util
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,10 @@ def load_file(spec: str) -> dict[str, Any]:
 
 
 def load_module(spec: str) -> types.ModuleType:
-    """The module of a config file, `path.py` or `path.py:arg`."""
+    """The module of a config file, `path.py` or `path.py:arg`.
+
+    It may import what lies beside it, as a script may.
+    """
     path = spec.partition(":")[0]
     if not Path(path).is_file():
         raise UserError(f"no config file {path!r}")
@@ -40,6 +44,8 @@ def load_module(spec: str) -> types.ModuleType:
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"{path!r} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
+    if (folder := str(Path(path).resolve().parent)) not in sys.path:
+        sys.path.append(folder)
     module_spec.loader.exec_module(module)
     return module
 

@@ -151,11 +151,14 @@ class Computed:
       function: (folder, seed) -> {"value": …, "trainable_params": maybe}; called once a seed.
       seeded: whether the seed matters; if not, it is called once.
       name: of the file that keeps what it gave; "": the function's.
+      metric: for a function that gives several cells at once, {metric: {"value": …}}: which of
+        them. It is called once for all cells of its row.
     """
 
     function: Callable[[Path, int], Mapping[str, Any]]
     seeded: bool = False
     name: str = ""
+    metric: str = ""
 
     def measure(self, folder: Path, seeds: Sequence[int], progress: bool) -> Measured:
         path = folder / f"{self.name or self.function.__name__}.json"
@@ -167,16 +170,24 @@ class Computed:
                 done[str(seed)] = {**found, "seconds": time.perf_counter() - began}
                 folder.mkdir(parents=True, exist_ok=True)
                 write_json(path, done)
-        rows = {int(seed): found for seed, found in done.items()}
+        rows = {int(seed): self._cell(found) for seed, found in done.items()}
         params = next(
             (r["trainable_params"] for r in rows.values() if "trainable_params" in r), None
         )
         return Measured(
             {seed: r["value"] for seed, r in rows.items()},
             params,
-            sum(r["seconds"] for r in rows.values()),
+            sum(found["seconds"] for found in done.values()),
             place=str(path),
         )
+
+    def _cell(self, found: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not self.metric:
+            return found
+        if self.metric not in found:
+            raise UserError(f"no metric {self.metric!r}; there are {', '.join(found)}")
+        cell: Mapping[str, Any] = found[self.metric]
+        return cell
 
 
 @dataclasses.dataclass(frozen=True)

@@ -100,6 +100,23 @@ def test_what_is_measured_once_is_kept(tmp_path: Path) -> None:
     assert third["seeds"] == 0 and pd.isna(third["measured"]) and third["published"] == 290
 
 
+def test_a_function_that_gives_several_cells_is_called_once(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def function(folder: Path, seed: int) -> dict[str, Any]:
+        calls.append(seed)
+        return {"a": {"value": 1.0 + seed, "trainable_params": 5}, "b": {"value": 2.0}}
+
+    rows = [
+        tables.Row("r", m, tables.Computed(function, seeded=True, name="f", metric=m))
+        for m in ("a", "b", "c")
+    ]
+    frame = tables.run(tables.Table("t", tuple(rows)), "small", tmp_path, seeds=2).frame()
+    assert calls == [0, 1]
+    assert list(frame["measured"][:2]) == [1.5, 2.0] and frame["trainable_params"][0] == 5
+    assert frame["seeds"][2] == 0  # there is no such metric
+
+
 def test_forms(tmp_path: Path) -> None:
     filled = tables.run(a_table([]), "small", tmp_path)
     paths = render.write(filled, tmp_path / "out", "name")
