@@ -51,30 +51,40 @@ class Published:
 
     def look_up(self) -> Cited:
         """Raises UserError for an unknown table, row or column, or where several rows fit."""
-        found = frame(self.table)
-        for name in (*self.where, self.column):
-            if name not in found:
-                raise UserError(
-                    f"{self.table}.csv has no column {name!r}; {nearest(name, found.columns)}"
-                )
-        rows = found
-        for name, value in self.where.items():
-            rows = rows[rows[name] == str(value)]
-        if len(rows) != 1:
-            raise UserError(f"{self.table}.csv has {len(rows)} rows with {dict(self.where)}")
-        row = rows.iloc[0]
-        if not row[self.column]:
+        if self.column not in frame(self.table):
+            raise _no_column(self.table, self.column)
+        found = row(self.table, self.where)
+        if not found[self.column]:
             raise UserError(f"{self.table}.csv has no number in {self.column!r} of {self.where}")
         about = index().loc[self.table]
-        std = row.get(f"{self.column}_std", "")
-        own = [str(row[n]) for n in ("status", "note") if row.get(n)]
+        std = found.get(f"{self.column}_std", "")
+        own = [str(found[n]) for n in ("status", "note") if found.get(n)]
         return Cited(
-            value=_number(row[self.column]) * self.times,
+            value=_number(found[self.column]) * self.times,
             std=float(std) * self.times if std else None,
-            status=str(row.get("status") or about["status"]),
+            status=str(found.get("status") or about["status"]),
             source=f"{about['paper']}, {about['caption'].partition(':')[0]}",
             notes="; ".join([*([str(about["notes"])] if about["notes"] else []), *own[1:]]),
         )
+
+
+def row(table: str, where: Mapping[str, Any]) -> pd.Series:
+    """The one row of a published table whose columns have these values, compared as text.
+
+    Raises UserError for an unknown table or column, or where not exactly one row fits.
+    """
+    rows = frame(table)
+    for name, value in where.items():
+        if name not in rows:
+            raise _no_column(table, name)
+        rows = rows[rows[name] == str(value)]
+    if len(rows) != 1:
+        raise UserError(f"{table}.csv has {len(rows)} rows with {dict(where)}")
+    return rows.iloc[0]
+
+
+def _no_column(table: str, name: str) -> UserError:
+    return UserError(f"{table}.csv has no column {name!r}; {nearest(name, frame(table).columns)}")
 
 
 def _number(text: str) -> float:
