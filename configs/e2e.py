@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.method = {
         "kind": "lora",
         "rank": paper["lora_r_q"],
-        "alpha": paper["lora_alpha"],
+        "alpha": float(paper["lora_alpha"]),
         "targets": "attention/(query|value)$",
         "dropout": paper["dropout"],
     }
