@@ -218,7 +218,7 @@ def _merge(args: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError(f"{args.out} exists: choose another folder")
     bench, method, trainable = runs.load_run(args.workdir)
     merged = method.merge(method.dropped(bench.params), trainable)
-    source = bench.experiment.model.source
+    source = bench.experiment.model.source if bench.task.reads == "tokens" else None
     pretrained.save_pretrained(args.out, bench.model, merged, tokenizer_source=source)
 
 

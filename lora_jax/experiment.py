@@ -26,8 +26,11 @@ class ModelConfig:
     head_seed: int = 0  # of a head that the pretrained weights lack
     quantize: Literal["nf4", "int8"] | None = None  # kernels of attention and MLP; see lj.quantize
     # The fields of a Hugging Face config.json in place of `source`: a shape with no weights,
-    # for `lora-jax plan`.
+    # for `lora-jax plan`, or with an init_seed.
     shape: Any = None
+    # All weights are drawn by it; `source` then gives its shape and its tokenizer. None: they are
+    # the source's.
+    init_seed: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +56,9 @@ class TrainingConfig:
     eval_every: int = 0  # steps; 0: at the end only
     save_every: int = 0  # steps; 0: at evaluations and at the end only
     log_every: int = 10
+    # Converged, and so done before `steps`: so many evaluations in a row without a better principal
+    # metric than the best before them; 0: never.
+    patience: int = 0
     keep: Literal["last", "best"] = "last"  # which evaluated state the adapter is of
     chunk: int = 512  # positions whose logits exist at one time
     label_smoothing: float = 0.0

@@ -1,4 +1,4 @@
-"""What a batch's positions are to predict, and how wrong the logits are: functions of arrays.
+"""What of a batch a model reads and is to predict, and how wrong its logits are, as arrays.
 
 Axes: B rows, T positions, V vocabulary or classes.
 """
@@ -10,6 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+
+def model_input(batch: Mapping[str, Any]) -> Any:
+    """What a model reads of a batch: images float32 [B, H, W, C], or tokens int [B, T]."""
+    return batch["images"] if "images" in batch else batch["tokens"]
 
 
 def shifted_targets(batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:

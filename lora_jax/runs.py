@@ -80,8 +80,9 @@ def run(experiment: Experiment, workdir: str | Path, *, progress: bool = True) -
     another config began.
     """
     began, folder, t = time.perf_counter(), Path(workdir), experiment.training
-    if t.keep == "best" and not t.eval_every:
-        raise UserError("training.keep='best' needs training.eval_every above 0")
+    for name, asked in (("keep='best'", t.keep == "best"), ("patience", t.patience)):
+        if asked and not t.eval_every:
+            raise UserError(f"training.{name} needs training.eval_every above 0")
     claim(folder, to_dict(experiment))
     bench = Workbench(experiment)
     start = begin(bench, experiment)
@@ -103,7 +104,7 @@ def run(experiment: Experiment, workdir: str | Path, *, progress: bool = True) -
             step, start.frozen, start.state, bench.batches(experiment.data.seed), steps=t.steps,
             workdir=folder, checkpoints=checkpoints, evaluate=evaluate if t.eval_every else None,
             eval_every=t.eval_every, save_every=t.save_every, log_every=t.log_every,
-            mesh=bench.mesh, progress=progress,
+            patience=t.patience, mesh=bench.mesh, progress=progress,
         )  # fmt: skip
         state, best = fitted.state, checkpoints.best
         if t.keep == "best":
@@ -121,6 +122,7 @@ def run(experiment: Experiment, workdir: str | Path, *, progress: bool = True) -
             "tokens_per_second": fitted.tokens_per_second,
             "seconds": time.perf_counter() - began,
             "best_step": best,
+            "converged": fitted.converged,
         },
     )  # fmt: skip
 
@@ -155,7 +157,7 @@ def finish(
     kept, trained = method.settle(bench.params, trainable)
     pretrained.save_adapter(
         folder / "adapter", bench.model, kept, trained, params=bench.params,
-        base_name=experiment.model.source,
+        base_name=bench.base_name,
     )  # fmt: skip
     result = {
         "status": "finished",
@@ -166,7 +168,7 @@ def finish(
         ),
         "peak_memory_bytes": peak_memory_bytes(),
         **extra,
-        "base_sha256": pretrained.base_sha256(experiment.model.source),
+        "base_sha256": bench.base_sha256,
         "data": {"name": describe(experiment.data.source), "fingerprint": bench.fingerprint},
         "seed": experiment.seed,
         "config": to_dict(experiment),

@@ -21,6 +21,7 @@ from lora_jax.data.placeholders import behind_prompts
 from lora_jax.data.tasks.text import Text
 from lora_jax.errors import UserError
 from lora_jax.experiment import Experiment, to_dict
+from lora_jax.pretrained.load import family_of
 from lora_jax.tensors import adapt
 from lora_jax.tensors.quantized import quantize
 from lora_jax.training import decoding, evaluation, loss, prompts
@@ -54,6 +55,11 @@ class Workbench:
     def loaded(self) -> tuple[Any, Any]:
         """(model, parameters cut as the method needs them)."""
         model, params = self._load()
+        if (reads := family_of(model).reads) != self.task.reads:
+            raise UserError(
+                f"the task gives {self.task.reads} and a {type(model).__name__} reads {reads}: "
+                "change data.task, or the model"
+            )
         return model, self.experiment.method.arrange(params)
 
     def _load(self) -> tuple[Any, Any]:
@@ -65,8 +71,13 @@ class Workbench:
         are whole on every device of it.
         """
         m = self.experiment.model
+        if m.init_seed is not None:
+            return self._draw(m.init_seed)
         if m.shape is not None:
-            raise UserError("model.shape has no weights to train: set model.source instead")
+            raise UserError(
+                "model.shape has no weights to train: set model.source instead, or model.init_seed "
+                "to draw them"
+            )
         head = {} if self.task.head == "lm" else {"num_labels": self.task.num_labels}
         placed: dict[str, Any] = {}
         if self.mesh is not None:
@@ -96,6 +107,34 @@ class Workbench:
             model, params = load()
         return model, quantize(params, m.quantize, device=device)
 
+    def _draw(self, seed: int) -> tuple[Any, Any]:
+        """(model, parameters), none of them pretrained."""
+        m = self.experiment.model
+        head = {} if self.task.head == "lm" else {"num_labels": self.task.num_labels}
+        model, params = pretrained.draw(
+            pretrained.hf_config(m.source, m.shape), seed,
+            dtype=m.dtype, compute_dtype=m.compute_dtype, remat=m.remat, unroll=m.unroll,
+            head=self.task.head, **head,
+        )  # fmt: skip
+        if m.quantize is not None:
+            params = quantize(params, m.quantize)
+        if self.mesh is not None:
+            places = training.shardings(params, self.mesh, self.sharding_rules)
+            params = jax.device_put(params, places)
+        return model, params
+
+    @property
+    def base_sha256(self) -> str | None:
+        """Of the files that hold the weights; None where they are drawn."""
+        m = self.experiment.model
+        return None if m.init_seed is not None else pretrained.base_sha256(m.source)
+
+    @property
+    def base_name(self) -> str:
+        """What the adapter calls its base; "" where there is none to load."""
+        m = self.experiment.model
+        return "" if m.init_seed is not None else m.source
+
     @property
     def sharding_rules(self) -> Any:
         """Ordered (regex, axes) of the experiment's mesh."""
@@ -111,11 +150,19 @@ class Workbench:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
+        """None where the task reads no tokens."""
+        if self.task.reads != "tokens":
+            return None
+        if self.experiment.model.shape is not None:
+            raise UserError("model.shape has no tokenizer: for texts set model.source instead")
         return pretrained.load_tokenizer(self.experiment.model.source)
 
     @functools.cached_property
     def pad_id(self) -> int:
+        """0 where the task reads no tokens."""
         tokenizer = self.tokenizer
+        if tokenizer is None:
+            return 0
         return next(i for i in (tokenizer.pad_id, tokenizer.eos_id, 0) if i is not None)
 
     # Data.

@@ -89,3 +89,64 @@ def tiny_config(tiny_base):
         return base
 
     return config
+
+
+@pytest.fixture(scope="session")
+def tiny_mnist(tmp_path_factory) -> pathlib.Path:
+    """A folder of TFDS's with an `mnist` of 120 and 40 images, a bright block where the class is:
+    a network learns it in few updates."""
+    import gzip
+    import hashlib
+    import struct
+
+    import numpy as np
+
+    from lora_jax.data import mnist
+
+    mirror, root = tmp_path_factory.mktemp("mirror"), tmp_path_factory.mktemp("tfds")
+    rng = np.random.default_rng(0)
+    sums = {}
+
+    def write(name: str, array: np.ndarray) -> None:
+        header = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+        content = gzip.compress(header + array.tobytes())
+        (mirror / name).write_bytes(content)
+        sums[name] = hashlib.sha256(content).hexdigest()
+
+    for prefix, count in (("train", 120), ("t10k", 40)):
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        images = rng.integers(0, 60, (count, 28, 28)).astype(np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            row, column = divmod(int(label), 5)
+            image[12 * row : 12 * row + 10, 5 * column : 5 * column + 5] += 150
+        write(f"{prefix}-images-idx3-ubyte.gz", images)
+        write(f"{prefix}-labels-idx1-ubyte.gz", labels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mnist, "MIRROR", mirror.as_uri())
+        patch.setattr(mnist, "FILES", sums)
+        mnist.Mnist(data_dir=str(root)).download_and_prepare(file_format="array_record")
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_images(tiny_mnist):
+    """A function of further entries that gives an (unexpanded) config over `tiny_mnist`."""
+
+    def config(**sections):
+        base = {
+            "model": {"shape": {"model_type": "mlp", "widths": (6,)}, "init_seed": 0},
+            "method": {"kind": "subspace", "dimension": 30},
+            "data": {
+                "source": {"kind": "tfds", "name": "mnist", "data_dir": str(tiny_mnist)},
+                "task": {"kind": "image_classification"},
+                "validation": "test", "batch_size": 20, "length": 1, "packing": False,
+            },
+            "optimizer": {"name": "adam", "learning_rate": 0.3, "schedule": "constant"},
+            "training": {"steps": 12, "eval_every": 4, "log_every": 4, "keep": "best"},
+            "evaluation": {"batch_size": 16},
+        }  # fmt: skip
+        for name, entries in sections.items():
+            base[name] = {**base.get(name, {}), **entries}
+        return base
+
+    return config

@@ -25,7 +25,8 @@ from lora_jax.plan import Cost, count_flops, measure, parse_memory, plan_config,
 from lora_jax.plan.cost import device_bytes, out_of_memory
 from lora_jax.plan.devices import device_memory, mesh_for, topology_devices
 from lora_jax.plan.plan import abstract_arguments, bytes_by_part
-from lora_jax.plan.sketch import Sketch, hf_config
+from lora_jax.plan.sketch import Sketch
+from lora_jax.pretrained import hf_config
 from lora_jax.pretrained.assemble import abstract_params
 from lora_jax.pretrained.load import build_model
 from lora_jax.tensors import adapt
@@ -355,12 +356,12 @@ def test_a_large_model_is_planned_without_its_weights():
 
 def test_the_model_of_a_plan_needs_only_config_json(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SHAPE))
-    assert hf_config(experiments.ModelConfig(source=str(tmp_path))) == SHAPE
-    assert hf_config(experiments.ModelConfig(shape=SHAPE)) == SHAPE
+    assert hf_config(str(tmp_path)) == SHAPE
+    assert hf_config("nothing", SHAPE) == SHAPE
     with pytest.raises(UserError, match="config.json does not exist"):
-        hf_config(experiments.ModelConfig(source=str(tmp_path.parent)))
+        hf_config(str(tmp_path.parent))
     with pytest.raises(UserError, match="not an alias"):
-        hf_config(experiments.ModelConfig(source="nothing"))
+        hf_config("nothing")
 
 
 @pytest.mark.parametrize(
@@ -451,7 +452,7 @@ def gpt3(arg=""):
 
 def test_gpt3_has_the_papers_counts():
     found = gpt3()
-    model = build_model(hf_config(found.model))
+    model = build_model(hf_config(found.model.source, found.model.shape))
     params = abstract_params(family_for("gpt2").tensors(model.config))
     assert found.method.count(params).total == 37_748_736
     total = sum(x.size for x in jax.tree.leaves(params))

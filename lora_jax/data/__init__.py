@@ -22,6 +22,7 @@ _HOMES = {
     "E2E": "tasks.e2e",
     "Classification": "tasks.classification",
     "Regression": "tasks.regression",
+    "ImageClassification": "tasks.image_classification",
     "Text": "tasks.text",
     "phoneme_error_rate": "metrics",
     "batches": "loader",

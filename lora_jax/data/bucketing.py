@@ -109,6 +109,14 @@ def widen(batch: Batch, length: int, pad_id: int) -> Batch:
     return found
 
 
+def alike(batches: Sequence[Batch], pad_id: int) -> list[Batch]:
+    """The batches with rows as long as the longest has them; images have no length."""
+    if any("tokens" not in batch for batch in batches):
+        return list(batches)
+    longest = max(batch["tokens"].shape[1] for batch in batches)
+    return [widen(batch, longest, pad_id) for batch in batches]
+
+
 def in_order(
     examples: Sequence[EncoderExample],
     *,

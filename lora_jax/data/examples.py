@@ -29,11 +29,19 @@ class EncoderExample(TypedDict):
     label: int | float
 
 
+class ImageExample(TypedDict):
+    """image: uint8 [H, W, C]; label: class index."""
+
+    image: np.ndarray
+    label: int
+
+
 class Task(Protocol):
     """What the trainer and the evaluation ask of any task (a frozen dataclass).
 
     Attributes:
       head: of the model it needs.
+      reads: what the model is given of an example: "tokens" or "images".
       num_labels: outputs of that head; 0 for "lm", 1 for "regression".
       principal: name of the metric that chooses the best of several evaluations.
       higher_is_better: of that metric.
@@ -41,6 +49,9 @@ class Task(Protocol):
 
     @property
     def head(self) -> Literal["lm", "classification", "regression"]: ...
+
+    @property
+    def reads(self) -> Literal["tokens", "images"]: ...
 
     @property
     def num_labels(self) -> int: ...
@@ -53,8 +64,8 @@ class Task(Protocol):
 
     def examples(
         self, records: Iterable[Record], tokenizer: Tokenizer
-    ) -> list[Example] | list[EncoderExample]:
-        """`Example`s where head is "lm", else `EncoderExample`s."""
+    ) -> list[Example] | list[EncoderExample] | list[ImageExample]:
+        """`ImageExample`s of images; else `Example`s for the head "lm", `EncoderExample`s else."""
         ...
 
     def evaluation_records(self, records: Iterable[Record]) -> Sequence[Record]:

@@ -10,9 +10,9 @@ from typing import Any, cast
 import grain
 import numpy as np
 
-from lora_jax.data import bucketing
+from lora_jax.data import bucketing, images
 from lora_jax.data import packing as rows
-from lora_jax.data.examples import EncoderExample, Example
+from lora_jax.data.examples import EncoderExample, Example, ImageExample
 from lora_jax.data.packing import Batch, Loss, TooLong
 from lora_jax.errors import UserError
 
@@ -54,7 +54,7 @@ class Batches(Iterator[Batch]):
 
 
 def batches(
-    examples: Sequence[Example] | Sequence[EncoderExample],
+    examples: Sequence[Example] | Sequence[EncoderExample] | Sequence[ImageExample],
     *,
     batch_size: int,
     length: int,
@@ -86,7 +86,7 @@ def batches(
       Iterator of {tokens int32, loss_mask float32, positions int32, segment_ids int32}, [B, T];
       segment_ids count from 1 within a row, 0 is padding. For examples with labels: {tokens,
       attention_mask, token_type_ids int32 [B, T], labels int32 or float32 [B], weights float32
-      [B], all 1}.
+      [B], all 1}. For images, which have no length: {images float32 [B, H, W, C], labels, weights}.
     """
     if batch_size % host_count or not 0 <= host_index < host_count:
         raise UserError(
@@ -96,6 +96,11 @@ def batches(
     share = batch_size // host_count
     mine = slice(host_index * share, (host_index + 1) * share)
     settings: list[Any] = [batch_size, length, packing, seed, pad_id]
+    if _pictured(examples):
+        _no_buckets(buckets)
+        pictures = cast("Sequence[ImageExample]", examples)
+        shuffled = images.Shuffled(pictures, batch_size=batch_size, seed=seed, rows=mine)
+        return Batches(shuffled, _fingerprint(pictures, settings))
     if _labelled(examples):
         if packing:
             raise UserError("packing=True is for language models: a label belongs to a whole row.")
@@ -140,7 +145,7 @@ def _language(
 
 
 def eval_batches(
-    examples: Sequence[Example] | Sequence[EncoderExample],
+    examples: Sequence[Example] | Sequence[EncoderExample] | Sequence[ImageExample],
     *,
     batch_size: int,
     length: int,
@@ -154,6 +159,10 @@ def eval_batches(
     A batch is filled up with rows of padding (segment_ids and loss_mask 0), so that shapes do not
     change. For examples with labels see `bucketing.in_order`: those come sorted by length.
     """
+    if _pictured(examples):
+        _no_buckets(buckets)
+        yield from images.in_order(cast("Sequence[ImageExample]", examples), batch_size=batch_size)
+        return
     if _labelled(examples):
         yield from bucketing.in_order(
             cast("Sequence[EncoderExample]", examples),
@@ -180,10 +189,14 @@ def _labelled(examples: Sequence[Any]) -> bool:
     return bool(examples) and "label" in examples[0]
 
 
+def _pictured(examples: Sequence[Any]) -> bool:
+    return bool(examples) and "image" in examples[0]
+
+
 def _no_buckets(buckets: Sequence[int]) -> None:
     if buckets:
         raise UserError(
-            "buckets are for examples with labels; for a language model use packing, or one length."
+            "buckets are for texts with labels; for a language model use packing, or one length."
         )
 
 
@@ -191,7 +204,8 @@ def _fingerprint(examples: Sequence[Any], settings: list[Any]) -> str:
     """Short hash of what decides the sequence of batches."""
     digest = hashlib.sha256(json.dumps(settings).encode())
     for example in examples:
-        digest.update(np.int64(len(example["tokens"])).tobytes())
+        if "tokens" in example:
+            digest.update(np.int64(len(example["tokens"])).tobytes())
         for _, value in sorted(example.items(), reverse=True):
             digest.update(np.asarray(value).tobytes())
     return digest.hexdigest()[:16]

@@ -25,6 +25,8 @@ _MODULES = {
     "glue": "tensorflow_datasets.text.glue",
     "super_glue": "tensorflow_datasets.text.super_glue",
 }
+# Data sets that TFDS itself can only prepare with TensorFlow: our module and builder of the same.
+_PREPARERS = {"mnist": ("lora_jax.data.mnist", "Mnist")}
 # Records read at once when all are read: four times as fast as one by one.
 _BLOCK = 1024
 
@@ -95,8 +97,15 @@ class TFDS:
             fcntl.flock(lock, fcntl.LOCK_EX)
             builder = self._builder()  # another process may have prepared it meanwhile
             if not builder.is_prepared():
-                _prepare(builder)
+                _prepare(self._preparer(builder))
+                builder = self._builder()  # what is prepared is TFDS's to read
         return builder
+
+    def _preparer(self, builder: Any) -> Any:
+        if self.name not in _PREPARERS:
+            return builder
+        module, name = _PREPARERS[self.name]
+        return getattr(importlib.import_module(module), name)(data_dir=self.data_dir)
 
 
 def _prepare(builder: Any) -> None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.errors import UserError
-from lora_jax.losses import cross_entropy, shifted_targets
+from lora_jax.losses import cross_entropy, model_input, shifted_targets
 from lora_jax.methods import base
 
 M = TypeVar("M", bound=base.Method)
@@ -21,7 +21,7 @@ _MODEL_INPUTS = ("positions", "segment_ids", "attention_mask", "token_type_ids")
 def outputs(apply: Callable[..., Any], params: Any, batch: Mapping[str, Any]) -> jax.Array:
     """What the model gives for a batch: float32 logits [B, T, V], or [B, C] with a head."""
     further = {k: batch[k] for k in _MODEL_INPUTS if k in batch}
-    return apply({"params": params}, batch["tokens"], **further).astype(jnp.float32)
+    return apply({"params": params}, model_input(batch), **further).astype(jnp.float32)
 
 
 def loss(apply: Callable[..., Any], params: Any, batch: Mapping[str, Any]) -> jax.Array:
@@ -42,6 +42,8 @@ def real_tokens(batch: Mapping[str, Any]) -> jax.Array:
     for name in ("attention_mask", "segment_ids"):
         if name in batch:
             return (jnp.asarray(batch[name]) > 0).astype(jnp.float32)
+    if "tokens" not in batch:
+        raise UserError("this method looks at the activations of tokens: its task must be of text")
     return jnp.ones(jnp.shape(batch["tokens"]), jnp.float32)
 
 

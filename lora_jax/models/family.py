@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
+import numpy as np
 from flax import linen as nn
 
 
@@ -74,6 +75,11 @@ def norm(
     return [scale, TensorSpec(f"{path}/bias", f"{name}.bias", "keep", (size,), layers, new=new)]
 
 
+def tokens_example(config: Any) -> Any:
+    """A batch of one text of two tokens, [1, 2]."""
+    return np.zeros((1, 2), np.int32)
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """A family: one file in this package that defines ``FAMILIES = (Family(...),)``.
@@ -90,6 +96,9 @@ class Family:
       prefix: config -> what the names of all but the head's tensors start with ("model."), and
         what files of the bare model leave out.
       renamed: (regex, replacement) of tensor names in old files, before anything else looks.
+      reads: what its models are called with: "tokens", or "images", whose families are this
+        library's own and unknown to transformers.
+      example: config -> the smallest batch that a model may be called with.
     """
 
     name: str
@@ -101,3 +110,5 @@ class Family:
     ignored: Callable[[Any], tuple[str, ...]] = lambda config: ()
     prefix: Callable[[Any], str] = lambda config: ""
     renamed: tuple[tuple[str, str], ...] = ()
+    reads: Literal["tokens", "images"] = "tokens"
+    example: Callable[[Any], Any] = tokens_example

@@ -118,7 +118,7 @@ def plan_step(
       loss_fn, method, tx, accumulate, rules: as of `training.make_step` and `init_state`. A
         method's `prepare` is not run: it would need weights.
       params, batch: arrays or ShapeDtypeStructs; only their shapes and dtypes are used. The
-        batch holds `tokens`.
+        batch holds `tokens`, or `images`, which count as one each.
       memory: bytes of a device.
     """
     frozen, state, rows = abstract_arguments(method, tx, params, batch, mesh=mesh, rules=rules)
@@ -131,7 +131,7 @@ def plan_step(
     return Plan(
         parameters=sum(_size(x) for x in partition.flatten(params).values()),
         trainable=dict(method.count(params).per_target),
-        tokens=math.prod(batch["tokens"].shape),
+        tokens=math.prod(batch["tokens"].shape) if "tokens" in batch else len(batch["images"]),
         mesh=dict(mesh.shape),
         device=mesh.devices.flat[0].device_kind,
         parts={**parts, "other": max(0, cost.argument_bytes - sum(parts.values()))},

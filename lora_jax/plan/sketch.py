@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,13 +12,12 @@ from jax.sharding import Mesh
 
 from lora_jax import training
 from lora_jax.errors import UserError
-from lora_jax.experiment import Experiment, ModelConfig
+from lora_jax.experiment import Experiment
 from lora_jax.plan.devices import device_memory, mesh_for, parse_memory
 from lora_jax.plan.plan import Plan, plan_step
-from lora_jax.pretrained import hub
 from lora_jax.pretrained.assemble import abstract_params
-from lora_jax.pretrained.folder import read_json
-from lora_jax.pretrained.load import build_model, family_of, open_source
+from lora_jax.pretrained.load import build_model, family_of
+from lora_jax.pretrained.shape import hf_config
 from lora_jax.tensors.quantized import quantize
 from lora_jax.workbench import Workbench
 
@@ -74,7 +71,7 @@ class Sketch(Workbench):
             "head": self.task.head,
             **head,
         }
-        model = build_model(hf_config(m), options)
+        model = build_model(hf_config(m.source, m.shape), options)
         params = abstract_params(family_of(model).tensors(model.config), _dtype(m.dtype))
         if m.quantize is not None:
             params = jax.eval_shape(functools.partial(quantize, rules=m.quantize), params)
@@ -87,6 +84,9 @@ class Sketch(Workbench):
     @functools.cached_property
     def train_examples(self) -> list[dict[str, Any]]:
         d = self.experiment.data
+        if self.task.reads == "images":
+            shape = self.model.config.image_shape
+            return [{"image": np.zeros(shape, np.uint8), "label": 0}]
         length = max(d.buckets, default=d.length)
         tokens = np.ones(length, np.int32)
         if self.task.head == "lm":
@@ -100,33 +100,3 @@ def _dtype(name: str) -> jnp.dtype:
         return jnp.dtype(name)
     except TypeError:
         raise UserError(f"model dtype {name!r}: write float32, bfloat16 or float16") from None
-
-
-def hf_config(model: ModelConfig) -> dict[str, Any]:
-    """The config.json that `model` names: its `shape`, or its source's, without the weights.
-
-    A folder need hold nothing but config.json; of a model on the hub only that file is fetched.
-    """
-    if model.shape is not None:
-        return dict(model.shape)
-    path = Path(model.source).expanduser()
-    if path.is_dir():
-        return read_json(path / "config.json")
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model.source) and not path.exists()
-    if on_hub and model.source not in hub.ALIASES and path.suffix != ".gguf":
-        return _from_hub(model.source)
-    return dict(open_source(model.source).config)
-
-
-def _from_hub(name: str) -> dict[str, Any]:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return read_json(Path(hf_hub_download(name, "config.json")))
-    except (HfHubHTTPError, OSError) as error:
-        raise UserError(
-            f"cannot get config.json of {name!r} from the Hugging Face hub "
-            f"({str(error).splitlines()[0]}); give a folder that holds it, or its content as "
-            "model.shape"
-        ) from None

@@ -90,6 +90,28 @@ def load_pretrained(
     return model, params
 
 
+def draw(
+    hf_config: Mapping[str, Any],
+    seed: int,
+    *,
+    dtype: Any = "float32",
+    compute_dtype: Any = None,
+    **model_options: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """(model, params) of the shape that a config.json describes, with weights drawn at random.
+
+    Args:
+      seed: of the weights, which are distributed as the family's module says.
+      dtype, compute_dtype, **model_options: as of `load_pretrained`.
+    """
+    stored = _float_dtype(dtype)
+    computed = stored if compute_dtype is None else _float_dtype(compute_dtype)
+    model = build_model(hf_config, {"dtype": computed.name, **model_options})
+    key = jax.random.key(seed, impl="threefry2x32")  # whatever JAX's default is
+    params = jax.jit(model.init)(key, family_of(model).example(model.config))["params"]
+    return model, jax.tree.map(lambda x: x.astype(stored), params)
+
+
 def build_model(hf_config: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> Any:
     """The model that a config.json describes, with fields of our config overridden."""
     if "model_type" not in hf_config:

@@ -24,7 +24,7 @@ from lora_jax.runs import (
 )
 from lora_jax.sweeps.grid import Member
 from lora_jax.training import State
-from lora_jax.training.loop import real_tokens
+from lora_jax.training.loop import converged, real_tokens
 from lora_jax.training.reports import Reporter, line_of
 from lora_jax.workbench import Batch, Workbench
 
@@ -82,6 +82,7 @@ class Slot:
             restored = self.checkpoints.restore(state)
             state, self.step, saved = restored.state, restored.step, restored.data
         self._state: State | None = state
+        self.converged = self._converged()
         self.cursor = cursor_for(cursors, bench, self.experiment.data.seed, self.step, saved)
         steps = self.experiment.training.steps
         self.reporter = Reporter(folder, start=self.step, steps=steps, progress=False)
@@ -95,7 +96,7 @@ class Slot:
 
     @property
     def last(self) -> bool:
-        return self.step >= self.experiment.training.steps
+        return self.step >= self.experiment.training.steps or self.converged
 
     def due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -150,6 +151,11 @@ class Slot:
     def save(self, state: State, metrics: Mapping[str, float] | None) -> None:
         """A checkpoint of the member alone: any pack, or a single run, can go on from it."""
         self.checkpoints.save(self.step, state, data=self.cursor.place(), metrics=metrics)
+        self.converged = self._converged()
+
+    def _converged(self) -> bool:
+        t = self.experiment.training
+        return converged(self.checkpoints, t.patience * t.eval_every)
 
     def best(self) -> State:
         """The state of the best evaluation."""
@@ -167,6 +173,7 @@ class Slot:
             extra={
                 "tokens_per_second": speed,
                 "seconds": time.perf_counter() - self._began,
+                "converged": self.converged,
                 **extra,
             },
         )  # fmt: skip

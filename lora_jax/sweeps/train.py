@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax.data.bucketing import widen
+from lora_jax.data.bucketing import alike
 from lora_jax.sweeps import padding
 from lora_jax.sweeps.grid import Member
 from lora_jax.sweeps.pack import Program
@@ -105,8 +105,7 @@ class Trainer:
             cursor.advance()
         filler = self._at(live[0]).cursor.batch
         held = [filler if slot is None else slot.cursor.batch for slot in self._slots]
-        longest = max(batch["tokens"].shape[1] for batch in held)
-        held = [widen(batch, longest, self.bench.pad_id) for batch in held]
+        held = alike(held, self.bench.pad_id)
         batches = {name: np.stack([batch[name] for batch in held]) for name in filler}
         mask = np.array([slot is not None and slot.diverged_at is None for slot in self._slots])
         self._states, metrics = self.program.run(self._states, batches, mask)

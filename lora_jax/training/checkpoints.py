@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,27 @@ class Restored:
     metrics: dict[str, float]
 
 
+@dataclasses.dataclass
+class _FirstBest(ocp.training.preservation_policies.PreservationPolicy):
+    """Keeps the checkpoint of least cost, of equals the first: orbax's BestN keeps the last, and
+    how long ago the best one was would then never grow on a metric that stands still."""
+
+    cost: Callable[[Any], float]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        costs = [self.cost(c.metrics) for c in checkpoints]
+        best = min(range(len(costs)), key=costs.__getitem__, default=None)
+        return [i == best and math.isfinite(costs[i]) for i in range(len(costs))]
+
+
 class Checkpoints:
     """The checkpoints in one directory; use as a context manager, or call `close`.
 
     Args:
         directory: made if missing. Temporary folders of killed saves are removed from it, in the
             background, at the latest by the first save.
-        metric: name of the evaluation metric that picks the best checkpoint; None: latest only.
+        metric: name of the evaluation metric that picks the best checkpoint, of equal ones the
+            first; None: latest only.
         mode: "min" or "max" is best.
 
     Raises UserError if the directory cannot be made.
@@ -72,15 +86,7 @@ class Checkpoints:
     def _open(self) -> Any:
         policies: list[Any] = [_POLICIES.LatestN(1)]
         if self._metric is not None:
-            # Ranked descending by cost: the policy keeps the end of the list.
-            policies.append(
-                _POLICIES.BestN(
-                    get_metric_fn=self._cost,
-                    reverse=True,
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
+            policies.append(_FirstBest(self._cost))
         return ocp.training.Checkpointer(
             self.directory,
             preservation_policy=_POLICIES.AnyPreservationPolicy(policies),
@@ -160,6 +166,12 @@ class Checkpoints:
             if self._metric in (c.metrics or {})
         ]
         return min(scored)[1] if scored else None
+
+    def stale(self) -> int:
+        """Updates from the best checkpoint to the latest; 0 where none has the metric."""
+        self.wait()
+        best, latest = self.best, self.latest
+        return 0 if best is None or latest is None else latest - best
 
     def path(self, step: int) -> Path:
         """Folder of a checkpoint."""

@@ -49,6 +49,7 @@ class FitResult:
         best_metrics: of the evaluation at `best_step`; empty without one.
         seconds: wall time of this process's part of the run.
         tokens_per_second: real tokens (no padding) a second, without the first step's compilation.
+        converged: whether `patience` was at an end.
     """
 
     state: State
@@ -57,6 +58,7 @@ class FitResult:
     best_metrics: dict[str, float]
     seconds: float
     tokens_per_second: float
+    converged: bool
 
 
 class Terminated:
@@ -98,6 +100,7 @@ def fit(
     eval_every: int = 0,
     save_every: int = 0,
     log_every: int = 10,
+    patience: int = 0,
     mesh: Mesh | None = None,
     progress: bool = True,
 ) -> FitResult:
@@ -112,6 +115,8 @@ def fit(
             They are logged as `eval/<name>`; checkpoints know them without the prefix.
         save_every: also save each so many steps (0: only at evaluations and at the end).
         log_every: steps that are averaged for a line of the log.
+        patience: it ends before `steps` once so many evaluations in a row were no better than the
+            best before them, by the metric of `checkpoints`; 0: never.
 
     Raises:
         UserError: the loss or its gradient is not finite, the data ended, or a checkpoint could
@@ -126,8 +131,11 @@ def fit(
         _resume_data(data, restored.data)
     with Reporter(workdir, start=start, steps=steps, progress=progress) as reporter:
         loop = _Loop(data, checkpoints, reporter, start)
+        done = converged(checkpoints, patience * eval_every)
         with Terminated() as terminated:
             for number in range(start + 1, steps + 1):
+                if done:
+                    break
                 batch = loop.next_batch(number)
                 placed = batch if mesh is None else meshes.place_batch(batch, mesh)
                 state, values = step(frozen, state, placed)
@@ -142,6 +150,7 @@ def fit(
                 if evaluating and not stopping:
                     metrics = loop.evaluate(number, evaluate, frozen, state)
                     loop.save(number, state, metrics)
+                    done = converged(checkpoints, patience * eval_every)
                 elif saving:
                     loop.save(number, state, None)
                 if stopping:
@@ -150,7 +159,12 @@ def fit(
     best = None if checkpoints is None else checkpoints.best
     best_metrics = {} if checkpoints is None or best is None else checkpoints.metrics(best)
     seconds = time.perf_counter() - began
-    return FitResult(state, metrics, best, best_metrics, seconds, loop.speed())
+    return FitResult(state, metrics, best, best_metrics, seconds, loop.speed(), done)
+
+
+def converged(checkpoints: Checkpoints | None, updates: int) -> bool:
+    """Whether the best evaluation lies so many updates back or more; False for 0 updates."""
+    return bool(updates) and checkpoints is not None and checkpoints.stale() >= updates
 
 
 def _due(number: int, every: int) -> bool:
@@ -167,7 +181,9 @@ def _resume_data(data: Any, saved: str | None) -> None:
 
 
 def real_tokens(batch: Mapping[str, Any]) -> int:
-    """Tokens of a batch that are not padding."""
+    """Tokens of a batch that are not padding; of images, how many there are."""
+    if "images" in batch:
+        return int(np.count_nonzero(batch["weights"]))
     for name in ("segment_ids", "attention_mask"):
         if batch.get(name) is not None:
             return int(np.count_nonzero(batch[name]))

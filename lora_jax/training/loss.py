@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.errors import UserError
-from lora_jax.losses import cross_entropy, shifted_targets
+from lora_jax.losses import cross_entropy, model_input, shifted_targets
 from lora_jax.tensors import adapt
 from lora_jax.training.head_loss import total_loss
 
@@ -67,13 +67,10 @@ def outputs(model: Any, variables: Any, batch: Mapping[str, Any]) -> jax.Array:
 
     Args:
         batch: tokens int[B, T]; attention_mask and token_type_ids int[B, T] if the model has them.
+            Or images float32[B, H, W, C].
     """
-    found = adapt(model.apply)(
-        variables,
-        batch["tokens"],
-        attention_mask=batch.get("attention_mask"),
-        token_type_ids=batch.get("token_type_ids"),
-    )
+    further = {name: batch[name] for name in ("attention_mask", "token_type_ids") if name in batch}
+    found = adapt(model.apply)(variables, model_input(batch), **further)
     return found.astype(jnp.float32)
 
 

@@ -168,5 +168,5 @@ def test_refuses() -> None:
     with pytest.raises(UserError, match="packing=True is for language models"):
         make(packing=True)
     text = [{"tokens": np.arange(3, dtype=np.int32), "loss_mask": np.ones(3, np.float32)}]
-    with pytest.raises(UserError, match="examples with labels"):
+    with pytest.raises(UserError, match="texts with labels"):
         batches(text, batch_size=1, length=4, buckets=(2,), seed=0, pad_id=PAD)  # type: ignore[arg-type]

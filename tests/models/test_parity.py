@@ -188,4 +188,4 @@ def test_transformers_loads_what_is_saved(pair: tuple, tmp_path: Any) -> None:
 
 def test_every_family_is_a_case() -> None:
     kinds = {getattr(transformers, kind).config_class.model_type for kind, _ in CASES.values()}
-    assert kinds == set(FAMILIES)
+    assert kinds == {name for name, family in FAMILIES.items() if family.reads == "tokens"}

@@ -9,7 +9,14 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from lora_jax.data.examples import EncoderExample, Example, LanguageTask, Record, Task
+from lora_jax.data.examples import (
+    EncoderExample,
+    Example,
+    ImageExample,
+    LanguageTask,
+    Record,
+    Task,
+)
 
 
 def _discover() -> dict[str, type[Task]]:
@@ -24,4 +31,4 @@ def _discover() -> dict[str, type[Task]]:
 TASKS: dict[str, type[Task]] = _discover()
 """Name in a config -> class of the task."""
 
-__all__ = ["TASKS", "EncoderExample", "Example", "LanguageTask", "Record", "Task"]
+__all__ = ["TASKS", "EncoderExample", "Example", "ImageExample", "LanguageTask", "Record", "Task"]

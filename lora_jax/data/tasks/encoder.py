@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 
@@ -22,6 +22,7 @@ class Labelled(abc.ABC):
     """
 
     max_length: int
+    reads: ClassVar[Literal["tokens"]] = "tokens"
     unlabelled: ClassVar[int | None] = -1
 
     @abc.abstractmethod

@@ -18,6 +18,7 @@ class Prompted(abc.ABC):
     """
 
     head: ClassVar[Literal["lm"]] = "lm"
+    reads: ClassVar[Literal["tokens"]] = "tokens"
     num_labels: ClassVar[int] = 0
     principal: ClassVar[str] = "exact_match"
     higher_is_better: ClassVar[bool] = True

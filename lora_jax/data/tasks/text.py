@@ -27,6 +27,7 @@ class Text:
     separator: str = ""
 
     head: ClassVar[Literal["lm"]] = "lm"
+    reads: ClassVar[Literal["tokens"]] = "tokens"
     num_labels: ClassVar[int] = 0
     principal: ClassVar[str] = "loss"
     higher_is_better: ClassVar[bool] = False
