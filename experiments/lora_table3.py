@@ -55,8 +55,8 @@ def table(scale: str) -> Table:
     for (method, size), rate in chosen.items():
         overrides = {
             **SHORT, **METHODS[method, size], "optimizer.learning_rate": rate,
-            "data.source.split": f"{_split('train')}[:{pairs}]",
-            "data.validation": f"{_split('test')}[:{records}]",
+            "data.source.split": f"{split('train')}[:{pairs}]",
+            "data.validation": f"{split('test')}[:{records}]",
         }  # fmt: skip
         if scale == "smoke":
             overrides |= {"training.steps": 1, "evaluation.max_new_tokens": 4}
@@ -75,7 +75,7 @@ def table(scale: str) -> Table:
     )  # fmt: skip
 
 
-def _split(name: str) -> str:
+def split(name: str) -> str:
     original = {"train": "trainset", "test": "testset_w_refs"}
     return original[name] if os.environ.get("E2E_DIR") else name
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
 import pandas as pd
 import pytest
 
 from lora_jax import config as configs
 from lora_jax import tables
+from lora_jax.plan.sketch import Sketch
+from lora_jax.sweeps import grid
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
@@ -55,3 +58,39 @@ def test_inside_of_adapters_across_ranks_and_seeds(
     phi = found["Figure 3: r=8 and r=64"]
     assert phi.between(0, 1).all() and len(phi) == 6
     assert (tmp_path / "smoke" / "figures" / "rank8_rank64.png").stat().st_size > 1000
+
+
+BERT = {
+    "model_type": "bert", "architectures": ["BertModel"], "vocab_size": 60, "hidden_size": 16,
+    "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "hidden_act": "gelu", "max_position_embeddings": 64, "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12, "pad_token_id": 0,
+}  # fmt: skip
+LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 60,
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "hidden_act": "silu", "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(p for p in EXPERIMENTS.glob("*.py") if "def table(scale" in p.read_text()),
+    ids=lambda p: p.stem,
+)
+def test_methods_of_small_rows_fit_their_models(path: Path) -> None:
+    """Each trained row's method starts, with all of its fields, on a small model of that family."""
+    for row in tables.load(str(path), "small").rows:
+        if not isinstance(row.work, tables.Trained):
+            continue
+        experiment = grid.configured(row.work.config, row.work.overrides)
+        if experiment.data.task.head not in ("lm", "classification"):
+            continue
+        shape = LLAMA if experiment.data.task.head == "lm" else BERT
+        chosen = {**row.work.overrides, "model.shape": shape}
+        bench = Sketch(grid.configured(row.work.config, chosen))
+        method = bench.experiment.method.scheduled(experiment.training.steps)
+        trainable = jax.eval_shape(lambda p, m=method: m.init(jax.random.key(0), p), bench.params)
+        assert sum(x.size for x in jax.tree.leaves(trainable)) > 0
+        assert method.count(bench.params).total > 0

@@ -1,0 +1,78 @@
+"""MiniLM-L6 (extra `minilm`) on a task of GLUE: what the small scales of several papers share.
+
+By default 4,000 sentences of CoLA, one epoch, a method's best learning rate of its grid on seed 0.
+`GLUE_DIR` names a folder with TFDS's glue, if it is not in the usual place.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_jax.tables import Claim, Published, Row, Trained
+
+CONFIG = Path(__file__).parents[1] / "configs" / "glue.py"
+HEAD = ("^head/",)  # the new head trains whole, beside any method
+LORA_RATES = (1e-3, 4e-3)
+FULL_RATES = (5e-5, 2e-4)
+NOTE = "MiniLM-L6 on 4,000 sentences of CoLA, one epoch: not the paper's model, nor its numbers"
+Method = tuple[str, Mapping[str, Any], Sequence[float]]
+"""(kind, fields, learning rates)."""
+Grid = Sequence[Mapping[str, Any]]
+COLUMN = "CoLA"
+
+
+def trained(
+    method: Method, scale: str, *, metric: str | None = None, grid: Grid = (), **arg: Any
+) -> Trained:
+    """Runs of a method.
+
+    Args:
+      metric: None: the task's principal one.
+      grid: in place of the method's rates.
+      arg: of configs/glue.py. `smoke` takes two steps of the first rate.
+    """
+    kind, fields, rates = method
+    spec = {"task": "cola", "epochs": 1, "examples": 4000, **arg}
+    if folder := os.environ.get("GLUE_DIR"):
+        spec["data_dir"] = folder
+    fields = fields if kind == "full" else {"train": HEAD, **fields}
+    overrides = {"method.kind": kind, **{f"method.{k}": v for k, v in fields.items()}}
+    if scale == "smoke":
+        spec["examples"], rates = 64, rates[:1]
+        overrides |= {"training.steps": 2, "training.eval_every": 2,
+                      "data.validation": "validation[:16]"}  # fmt: skip
+    tried = grid or [{"optimizer.learning_rate": rate} for rate in rates]
+    words = ",".join(f"{name}={value}" for name, value in spec.items())
+    return Trained(f"{CONFIG}:{words}", metric, overrides, tried)
+
+
+def rows(
+    methods: Mapping[str, Method], scale: str, published: Mapping[str, Published] | None = None
+) -> tuple[Row, ...]:
+    """A row a method, on CoLA; `smoke` has the first alone."""
+    cited = published or {}
+    chosen = dict(list(methods.items())[:1]) if scale == "smoke" else methods
+    return tuple(
+        Row(f"MiniLM-L6 {name}", COLUMN, trained(method, scale), cited.get(name))
+        for name, method in chosen.items()
+    )
+
+
+def claims(scale: str, *pairs: tuple[str, str]) -> tuple[Claim, ...]:
+    """ "better beats worse" of rows by the names of their methods; none in a smoke test."""
+    if scale == "smoke":
+        return ()
+    return tuple(Claim(f"MiniLM-L6 {a}", f"MiniLM-L6 {b}", COLUMN) for a, b in pairs)
+
+
+def seeds(scale: str) -> int:
+    return 1 if scale == "smoke" else 3
+
+
+def cost(methods: Mapping[str, Method]) -> str:
+    """By some 30 s a run: a run a rate, and two more seeds of the best."""
+    runs = sum(len(rates) + 2 for _, _, rates in methods.values())
+    return f"about {runs / 2:.0f} minutes on 2 CPU cores"
