@@ -1,16 +1,19 @@
 """Tables: published numbers beside measured ones. See `table.Table` for what a file defines."""
 
 from lora_jax.tables.published import Published
+from lora_jax.tables.searched import Baseline, Searched
 from lora_jax.tables.table import Claim, Row, Table, load, run
 from lora_jax.tables.work import Computed, Counted, NotRun, Trained
 
 __all__ = [
+    "Baseline",
     "Claim",
     "Computed",
     "Counted",
     "NotRun",
     "Published",
     "Row",
+    "Searched",
     "Table",
     "Trained",
     "load",

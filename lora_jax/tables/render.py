@@ -58,7 +58,7 @@ def page(filled: Filled) -> str:
 
 
 def write(filled: Filled, folder: Path, name: str) -> list[Path]:
-    """`name` with .csv, .md, .tex and .html in `folder`, each whole or not at all."""
+    """`name` with .csv, .md, .tex and .html in `folder`, each whole or not at all, and figures."""
     folder.mkdir(parents=True, exist_ok=True)
     forms: dict[str, Callable[[], str]] = {
         "csv": lambda: filled.frame().to_csv(index=False),
@@ -73,6 +73,8 @@ def write(filled: Filled, folder: Path, name: str) -> list[Path]:
         part.write_text(form(), encoding="utf-8")
         part.replace(path)
         paths.append(path)
+    if filled.table.figures is not None:
+        paths += filled.table.figures(filled, folder)
     return paths
 
 
@@ -111,7 +113,7 @@ def _notes_of(line: Line) -> list[str]:
     if line.measured.chosen:
         chosen = ", ".join(f"{k}={v}" for k, v in line.measured.chosen.items())
         found.append(f"chosen on the first seed: {chosen}")
-    return [*found, *line.row.notes]
+    return [*found, *line.row.notes, *line.measured.notes]
 
 
 def _published(line: Line) -> str:
@@ -127,7 +129,8 @@ def _measured(summary: statistics.Summary | None) -> str:
     if math.isnan(summary.low):
         return number(summary.value)
     low, high = number(summary.low), number(summary.high)
-    return f"{number(summary.value)} ± {number(summary.std)} [{low}, {high}]"
+    spread = "" if math.isnan(summary.std) else f" ± {number(summary.std)}"
+    return f"{number(summary.value)}{spread} [{low}, {high}]"
 
 
 def _difference(line: Line) -> str:

@@ -73,6 +73,7 @@ class Table:
       claims: differences to show.
       notes: footnotes of the whole table: where sources disagree, what differs from the paper.
       cost: time on a stated machine.
+      figures: draws figures of what is filled so far into a folder, and returns their files.
     """
 
     title: str
@@ -82,6 +83,7 @@ class Table:
     claims: tuple[Claim, ...] = ()
     notes: tuple[str, ...] = ()
     cost: str = ""
+    figures: Callable[[Filled, Path], Sequence[Path]] | None = None
 
     def __post_init__(self) -> None:
         names = [(row.row, row.metric) for row in self.rows]
@@ -196,5 +198,7 @@ def _measure(row: Row, folder: Path, seeds: Sequence[int], progress: bool) -> Me
 def _line(table: Table, row: Row, measured: Measured) -> Line:
     cited = row.published.look_up() if row.published else None
     values = list(measured.values.values())
-    summary = statistics.summarize(values, table.statistic) if values else None
+    summary = measured.summary
+    if summary is None and values:
+        summary = statistics.summarize(values, table.statistic)
     return Line(row, cited, measured, summary)

@@ -17,6 +17,7 @@ from lora_jax.errors import UserError
 from lora_jax.experiment import to_dict
 from lora_jax.plan.sketch import Sketch
 from lora_jax.runs import write_json
+from lora_jax.statistics import Summary
 from lora_jax.sweeps import grid, search
 from lora_jax.sweeps.sweep import Options, Sweep
 from lora_jax.training import MeshConfig
@@ -35,6 +36,9 @@ class Measured:
       place: folder of the runs: cells that are metrics of the same runs share it.
       chosen: what was chosen for it on the first seed (`{"optimizer.learning_rate": 2e-3}`).
       reason: why there is nothing, if there is nothing.
+      summary: where the runs of all seeds give one number with an interval of its own, that; the
+        values are then empty. None: the table summarises the values.
+      notes: what the runs showed besides, for the footnotes.
     """
 
     values: Mapping[int, float]
@@ -43,6 +47,8 @@ class Measured:
     chosen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     reason: str = ""
     place: str = ""
+    summary: Summary | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Work(Protocol):

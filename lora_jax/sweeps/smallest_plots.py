@@ -1,0 +1,81 @@
+"""Thresholds side by side: what each method reaches over its trainable parameters, and d90, r90."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_jax.errors import UserError
+from lora_jax.sweeps.smallest import Found
+from lora_jax.sweeps.threshold import curve
+
+
+def compare(found: Mapping[str, Found], path: Path, metric: str = "metric") -> Path:
+    """A figure of two panels over the same axis of trainable parameters, written to `path`.
+
+    Above: each run, and the monotone fit of each method; dashed, the target. Below: the threshold
+    of each method with its interval, labelled with its size, such as "d90 = 750"; an arrow
+    where the interval, or the threshold itself, lies beyond what was run.
+
+    Args:
+      found: by the name of the method; all should have the same target for the panels to agree.
+    """
+    if not found:
+        raise UserError("no thresholds to compare")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    height = 3.4 + 0.45 * len(found)
+    figure, (above, below) = pyplot.subplots(
+        2, 1, sharex=True, figsize=(7, height), layout="constrained",
+        height_ratios=(3.0, 0.5 + 0.45 * len(found)),
+    )  # fmt: skip
+    for place, (name, one) in enumerate(found.items()):
+        colour = f"C{place % 10}"
+        _curve(above, name, one, colour)
+        _threshold(below, len(found) - 1 - place, one, colour)
+    above.set(xscale="log", ylabel=metric)
+    above.legend(fontsize="small")
+    below.set(xscale="log", xlabel="trainable parameters", ylim=(-0.6, len(found) - 0.4))
+    below.set_yticks(range(len(found)), list(found)[::-1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+def _curve(axes: Any, name: str, one: Found, colour: str) -> None:
+    fit = curve(one.runs, higher_is_better=one.target.higher_is_better)
+    runs_at = [one.parameters_at(r.size) for r in one.runs]
+    axes.plot(runs_at, [r.metric for r in one.runs], ".", color=colour, alpha=0.5)
+    axes.plot([one.parameters_at(s) for s in fit.sizes], fit.fitted, color=colour, label=name)
+    axes.axhline(one.target.value, color=colour, linestyle="--", linewidth=0.8)
+
+
+def _threshold(axes: Any, row: int, one: Found, colour: str) -> None:
+    counts = [float(n) for n in one.parameters.values()]
+    smallest, largest = min(counts), max(counts)
+    t = one.threshold
+    if t.size is None:
+        beyond = t.status == "not reached"
+        at, mark = (largest, ">") if beyond else (smallest, "<")
+        sizes = sorted({r.size for r in one.runs})
+        text = f"{one.name} {'>' if beyond else '≤'} {sizes[-1 if beyond else 0]:,.0f}"
+    else:
+        at, mark = one.parameters_at(t.size), "o"
+        text = f"{one.name} = {t.size:,.0f}"
+        if t.low is not None and t.high is not None:
+            low = smallest if t.low == 0 else one.parameters_at(t.low)
+            high = largest if math.isinf(t.high) else one.parameters_at(t.high)
+            axes.plot([low, high], [row, row], color=colour, linewidth=1.5)
+            if t.low == 0:
+                axes.plot(low, row, marker="<", color=colour)
+            if math.isinf(t.high):
+                axes.plot(high, row, marker=">", color=colour)
+    axes.plot(at, row, marker=mark, color=colour)
+    axes.annotate(text, (at, row), xytext=(0, 7), textcoords="offset points", ha="center",
+                  fontsize="small")  # fmt: skip

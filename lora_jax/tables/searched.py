@@ -1,0 +1,172 @@
+"""A cell that is the smallest size which is good enough: d90, r90 and the like."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_jax.errors import UserError
+from lora_jax.experiment import to_dict
+from lora_jax.runs import write_json
+from lora_jax.statistics import Summary
+from lora_jax.sweeps import grid
+from lora_jax.sweeps.ladder import Ladder
+from lora_jax.sweeps.smallest import FILE, Found, Smallest
+from lora_jax.sweeps.sweep import Options
+from lora_jax.sweeps.threshold import Statistic, Target, Threshold
+from lora_jax.tables.work import Measured, Overrides, Trained
+
+_SPENT = "seconds.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Baseline:
+    """Runs whose metric the target is a fraction of, or above which the gain is counted.
+
+    They are shared by all cells of a table with the same settings.
+
+    Args:
+      overrides: of the cell's config.
+      grid: as of `Trained`.
+      vary: what a seed sets besides `seed`; None: as for the cell itself.
+    """
+
+    overrides: Overrides
+    grid: Sequence[Overrides] = ()
+    vary: Sequence[str] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Searched:
+    """The threshold, with its bootstrap interval over seeds; see `sweeps.threshold`.
+
+    Args:
+      config, overrides: as of `Trained`; of the method that is searched.
+      ladder: which sizes.
+      full: full fine-tuning: its runs, or a fixed metric (1.0: 0.9 is then absolute).
+      head_only: the head alone. Where given, the target is a fraction of the *gain* over it.
+      size: the field that is varied.
+      name: of the threshold, in plots and files: "d90".
+      fraction: of `full`, or of the gain.
+      vary: what a seed sets besides `seed`.
+      diverged: what a run without a metric counts as.
+      mode: of the sweep.
+    """
+
+    config: str
+    ladder: Ladder
+    full: Baseline | float
+    overrides: Overrides = dataclasses.field(default_factory=dict)
+    head_only: Baseline | None = None
+    size: str = "method.dimension"
+    name: str = "d90"
+    metric: str | None = None
+    fraction: float = 0.9
+    statistic: Statistic = "mean"
+    vary: Sequence[str] = ("data.seed", "training.dropout_seed")
+    diverged: float | None = None
+    mode: Any = "auto"
+
+    def measure(self, folder: Path, seeds: Sequence[int], progress: bool) -> Measured:
+        began = time.perf_counter()
+        experiment = grid.configured(self.config, self.overrides)
+        task = experiment.data.task
+        baselines = folder.parent / "baselines"
+        full = (self.full,) if isinstance(self.full, float) else self._runs(
+            self.full, baselines, seeds, progress
+        )  # fmt: skip
+        head = () if self.head_only is None else self._runs(
+            self.head_only, baselines, seeds, progress
+        )  # fmt: skip
+        target = Target(full, head, self.fraction, task.higher_is_better)
+        search = Smallest(
+            to_dict(experiment), self.size, self.ladder,
+            [{"seed": s, **dict.fromkeys(self.vary, s)} for s in seeds],
+            self.metric, self.statistic, self.diverged, self.name,
+        )  # fmt: skip
+        # Cells that differ in their target alone share their runs.
+        place = folder / self._place()
+        found = search.run(target, place, Options(mode=self.mode), progress)
+        file = place / f"{self._target()}_{FILE}"
+        found.save(file)
+        spent = _spent(place, time.perf_counter() - began, len(found.runs))
+        return Measured(
+            {}, _parameters(found), spent, reason=_reason(found.threshold, self.ladder),
+            place=str(file), summary=_summary(found.threshold, len(seeds)),
+            notes=(_note(found, self.head_only is not None, experiment.training),),
+        )  # fmt: skip
+
+    def _runs(
+        self, baseline: Baseline, folder: Path, seeds: Sequence[int], progress: bool
+    ) -> tuple[float, ...]:
+        vary = self.vary if baseline.vary is None else baseline.vary
+        work = Trained(self.config, self.metric, baseline.overrides, baseline.grid, vary)
+        values = work.measure(folder, seeds, progress).values
+        if not values:
+            raise UserError(f"no run of the baseline in {folder} ended with a metric")
+        return tuple(values.values())
+
+    def _place(self) -> str:
+        return _hash([self.config, dict(self.overrides), self.size, list(self.vary)])
+
+    def _target(self) -> str:
+        full = self.full if isinstance(self.full, float) else dict(self.full.overrides)
+        head = None if self.head_only is None else dict(self.head_only.overrides)
+        return _hash([full, head, self.fraction])
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
+
+
+def _summary(t: Threshold, seeds: int) -> Summary | None:
+    if t.size is None:
+        return None
+    low, high = (math.nan if x is None else x for x in (t.low, t.high))
+    return Summary(t.size, low, high, math.nan, seeds)
+
+
+def _reason(t: Threshold, ladder: Ladder) -> str:
+    if t.status == "reached":
+        return ""
+    at = "the largest" if t.status == "not reached" else "the smallest"
+    size = ladder.high if t.status == "not reached" else ladder.low
+    return f"{t.status}: {at} size run is {size}, the target {t.target:.4g}"
+
+
+def _note(found: Found, gain: bool, training: Any) -> str:
+    """The target, and how many runs had converged, by which rule."""
+    t = found.target
+    full = f"{sum(t.full) / len(t.full):.4g}"
+    of = f"the gain from {sum(t.head_only) / len(t.head_only):.4g} to {full}" if gain else full
+    text = f"{found.name}: the target is {t.value:.4g}, {t.fraction:g} of {of}"
+    if not training.patience:
+        return f"{text}; every run has {training.steps} updates"
+    return (
+        f"{text}; a run has converged after {training.patience} evaluations, one each "
+        f"{training.eval_every} updates, that are no better than the best before them: "
+        f"{found.converged:.0%} of the {len(found.runs)} runs had, the others end at "
+        f"{training.steps} updates"
+    )
+
+
+def _parameters(found: Found) -> int | None:
+    size = found.threshold.size
+    return None if size is None else round(found.parameters_at(size))
+
+
+def _spent(place: Path, seconds: float, runs: int) -> float:
+    """Seconds of the calls that added runs; one that only reads what is there took none."""
+    path = place / _SPENT
+    before: Mapping[str, float] = json.loads(path.read_text()) if path.exists() else {}
+    if before.get("runs") == runs:
+        return float(before["seconds"])
+    total = before.get("seconds", 0.0) + seconds
+    write_json(path, {"runs": runs, "seconds": total})
+    return total

@@ -1,0 +1,92 @@
+"""Cells that are thresholds: baselines, two kinds of target, shared runs, one interval."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_jax import tables
+from lora_jax.sweeps import smallest
+from lora_jax.sweeps.ladder import Ladder
+from lora_jax.tables import Baseline, Searched, render
+
+
+@pytest.fixture
+def config(tiny_images: Any, tmp_path: Path) -> str:
+    sections = tiny_images(
+        method={"train": ("^head/",)},
+        training={"steps": 30, "eval_every": 10, "patience": 2},
+    )
+    path = tmp_path / "images.py"
+    path.write_text(
+        f"import json\ndef get_config(arg=''):\n    return json.loads({json.dumps(sections)!r})\n"
+    )
+    return str(path)
+
+
+def test_a_table_of_thresholds(config: str, tmp_path: Path) -> None:
+    ladder = Ladder(1, 300, points=2, ratio=1e9)
+    full = Baseline({"method.kind": "full", "optimizer.learning_rate": 0.03}, vary=("data.seed",))
+    head = Baseline(
+        {"method.kind": "head_only", "optimizer.learning_rate": 0.003}, vary=("data.seed",)
+    )
+    vary = ("data.seed", "method.projection_seed")
+    absolute = Searched(config, ladder, 0.5, vary=vary)
+    gain = Searched(config, ladder, full, head_only=head, fraction=0.5, vary=vary)
+    drawn: list[Path] = []
+
+    def figures(filled: Any, folder: Path) -> list[Path]:
+        found = {x.row.metric: smallest.load(Path(x.measured.place)) for x in filled.lines}
+        drawn.append(smallest_path := folder / "x.txt")
+        smallest_path.write_text(", ".join(found))
+        return drawn[-1:]
+
+    rows = (tables.Row("MLP", "absolute", absolute), tables.Row("MLP", "gain", gain))
+    table = tables.Table("Thresholds", rows, seeds=2, figures=figures)
+    filled = tables.run(table, "small", tmp_path / "t", progress=False)
+    one, two = (line.measured for line in filled.lines)
+    assert not one.reason or "by the smallest" in one.reason, one.reason
+    # The same runs, another target.
+    assert Path(one.place).parent == Path(two.place).parent, two.reason
+    members = list((tmp_path / "t").rglob("members/*/result.json"))
+    assert len(members) == 2 * 2 + 2 + 2  # sizes x seeds, and the two baselines
+    targets = [smallest.load(Path(m.place)).target for m in (one, two)]
+    assert targets[0].value == 0.45 and len(targets[1].full) == len(targets[1].head_only) == 2
+    for line in filled.lines:
+        if line.summary is not None:
+            assert line.summary.n == 2 and line.summary.low <= line.summary.value
+    assert "2 evaluations, one each 10 updates" in one.notes[0] and "the gain from" in two.notes[0]
+    again = tables.run(table, "small", tmp_path / "t", progress=False)
+    assert [x.measured.seconds for x in again.lines] == [one.seconds, two.seconds]
+    paths = render.write(filled, tmp_path / "out", "thresholds")
+    assert paths[-1] == drawn[-1] and "1 of" not in drawn[-1].read_text()
+    text = (tmp_path / "out" / "thresholds.md").read_text()
+    assert "has converged after 2 evaluations" in text
+
+
+def test_what_no_size_reaches_says_so(config: str, tmp_path: Path) -> None:
+    work = Searched(config, Ladder(1, 2, points=2), 5.0, vary=("data.seed",))
+    row = tables.Row("MLP", "d90", work)
+    filled = tables.run(tables.Table("T", (row,), seeds=1), "small", tmp_path / "t", progress=False)
+    cells = filled.frame().iloc[0]
+    assert cells["seeds"] == 0 and "not reached: the largest size run is 2" in (
+        filled.lines[0].measured.reason
+    )
+
+
+def test_li_table1_at_smoke_scale(tiny_mnist: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Two values of d, both targets; published numbers and a figure beside them."""
+    spec = str(Path(__file__).parents[2] / "experiments" / "li_table1.py")
+    monkeypatch.setenv("MNIST_DIR", str(tiny_mnist))
+    filled = tables.run(tables.load(spec, "smoke"), "smoke", tmp_path / "t", progress=False)
+    frame = filled.frame()
+    assert list(frame["row"]) == ["FC, fastfood"] * 2 and frame["published"][0] == 750
+    absolute, own = (smallest.load(Path(x.measured.place)).target for x in filled.lines)
+    assert absolute.value == 0.9 and own.value == pytest.approx(0.9 * own.full[0])
+    paths = render.write(filled, tmp_path / "out", "li")
+    assert paths[-1].name == "li_table1_FC.png"
+    small = tables.load(spec, "small")
+    assert [r.published.look_up().value for r in small.rows if r.published] == [750] * 3 + [290] * 3
