@@ -1,17 +1,20 @@
 """A run: from an experiment to a workdir that holds an adapter and a result, and back.
 
-A workdir has `config.json` (complete), `metrics.jsonl`, TensorBoard events, `checkpoints/`,
-`adapter/` and `result.json`, written last: where it stands, the run is finished.
+A workdir has `config.json` (complete), `metrics.jsonl`, `spectra.jsonl` (of the updates, at each
+evaluation), TensorBoard events, `checkpoints/`, `adapter/` and `result.json`, written last: where
+it stands, the run is finished.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import platform
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ import numpy as np
 from lora_jax import host, partition, pretrained, training
 from lora_jax.errors import UserError
 from lora_jax.experiment import Experiment, from_dict, to_dict
+from lora_jax.training.spectra import Row, rows, update_spectra
 from lora_jax.workbench import Workbench
 
 RESULT = "result.json"
@@ -103,6 +107,7 @@ def run(experiment: Experiment, workdir: str | Path, *, progress: bool = True) -
         fitted = training.fit(
             step, start.frozen, start.state, bench.batches(experiment.data.seed), steps=t.steps,
             workdir=folder, checkpoints=checkpoints, evaluate=evaluate if t.eval_every else None,
+            inspect=inspector(start.method, experiment.evaluation.spectra),
             eval_every=t.eval_every, save_every=t.save_every, log_every=t.log_every,
             patience=t.patience, mesh=bench.mesh, progress=progress,
         )  # fmt: skip
@@ -125,6 +130,14 @@ def run(experiment: Experiment, workdir: str | Path, *, progress: bool = True) -
             "converged": fitted.converged,
         },
     )  # fmt: skip
+
+
+def inspector(method: Any, k: int) -> Callable[[Any, training.State], list[Row]] | None:
+    """(frozen, state) -> rows of the first k singular values of each update; None for k = 0."""
+    if not k:
+        return None
+    found = jax.jit(functools.partial(update_spectra, method, k=k))
+    return lambda frozen, state: rows(jax.device_get(found(frozen, state.trainable, state.numbers)))
 
 
 def open_checkpoints(folder: Path, bench: Workbench) -> training.Checkpoints:

@@ -28,6 +28,7 @@ from lora_jax.analysis.subspaces import (
     similarities,
     similarity,
 )
+from lora_jax.analysis.together import all_singular_values
 from lora_jax.analysis.weights import (
     amplification,
     projected_norm,
@@ -36,6 +37,7 @@ from lora_jax.analysis.weights import (
 
 __all__ = [
     "SVD",
+    "all_singular_values",
     "amplification",
     "captured_energy",
     "count_intruders",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from lora_jax.sweeps.grid import Member
 from lora_jax.training import State
 from lora_jax.training.loop import converged, real_tokens
 from lora_jax.training.reports import Reporter, line_of
+from lora_jax.training.spectra import Row
 from lora_jax.workbench import Batch, Workbench
 
 
@@ -83,6 +84,7 @@ class Slot:
             state, self.step, saved = restored.state, restored.step, restored.data
         self._state: State | None = state
         self.converged = self._converged()
+        self._resumed = self.step
         self.cursor = cursor_for(cursors, bench, self.experiment.data.seed, self.step, saved)
         steps = self.experiment.training.steps
         self.reporter = Reporter(folder, start=self.step, steps=steps, progress=False)
@@ -139,6 +141,12 @@ class Slot:
         self._all_tokens += self._tokens
         self._seconds += seconds
         self._rows, self._tokens = [], 0
+
+    def evaluated(self, metrics: Mapping[str, float], spectra: Sequence[Row]) -> None:
+        """Logs an evaluation, unless it was before a kill."""
+        if self.step > self._resumed:
+            self.reporter.log_spectra(self.step, spectra)
+            self.reporter.log(self.step, {f"eval/{n}": v for n, v in metrics.items()})
 
     # State.
 

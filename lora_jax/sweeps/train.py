@@ -16,6 +16,7 @@ from lora_jax.sweeps.grid import Member
 from lora_jax.sweeps.pack import Program
 from lora_jax.sweeps.slots import Slot
 from lora_jax.training import Interrupted, State, Terminated
+from lora_jax.training.spectra import Row
 from lora_jax.workbench import mean_of
 
 Stopper = Callable[[list[tuple[Member, int, float]]], list[str | None]]
@@ -139,10 +140,7 @@ class Trainer:
 
     def _judge(self, indices: list[int], found: list[dict[str, float]]) -> None:
         """Logs and saves evaluated slots, and frees those that the search stops."""
-        for index, metrics in zip(indices, found, strict=True):
-            slot = self._at(index)
-            slot.reporter.log(slot.step, {f"eval/{n}": v for n, v in metrics.items()})
-            slot.save(self._own(index), metrics)
+        self._keep(indices, found)
         if self._stopper is None or not indices:
             return
         slots = [self._at(i) for i in indices]
@@ -173,15 +171,25 @@ class Trainer:
         )
         return [bench.score(bench.predictions(out)) for out in outputs]
 
+    def _keep(self, indices: list[int], found: list[dict[str, float]]) -> None:
+        """Logs and saves evaluated slots."""
+        spectra = self._spectra(indices)
+        for index, metrics, rows in zip(indices, found, spectra, strict=True):
+            slot = self._at(index)
+            slot.evaluated(metrics, rows)
+            slot.save(self._own(index), metrics)
+
+    def _spectra(self, indices: list[int]) -> list[list[Row]]:
+        if not indices or not self.bench.experiment.evaluation.spectra:
+            return [[] for _ in indices]
+        return self.program.spectra(self._states, indices)
+
     def _end(self, indices: list[int]) -> None:
         """Evaluates, saves and frees slots whose members are done."""
         if not indices:
             return
         found = self._evaluate(indices)
-        for index, metrics in zip(indices, found, strict=True):
-            slot = self._at(index)
-            slot.reporter.log(slot.step, {f"eval/{n}": v for n, v in metrics.items()})
-            slot.save(self._own(index), metrics)
+        self._keep(indices, found)
         best = [i for i in indices if self._at(i).experiment.training.keep == "best"]
         for index in best:
             kept = padding.pad(self._at(index).best(), self.program.shape.state)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.analysis.arrays import library
 from lora_jax.tensors.folding import Folding
 from lora_jax.tensors.low_rank import LowRank
 
@@ -27,20 +29,30 @@ def factors_of(parts: Sequence[LowRank], dtype: Any) -> tuple[np.ndarray, np.nda
 
     M are the leaf's matrices (layers, experts). The scale is in B; where it is 0, so is A.
     """
+    return _joined(parts, lambda x: np.asarray(jax.device_get(x)).astype(dtype))
+
+
+def traced_factors(parts: Sequence[LowRank]) -> tuple[jax.Array, jax.Array]:
+    """`factors_of` inside of `jit` and `vmap`, in float32 or wider."""
+    return _joined(parts, lambda x: jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32)))
+
+
+def _joined(parts: Sequence[LowRank], read: Callable[[Any], Any]) -> tuple[Any, Any]:
     pairs = []
     for leaf in parts:
         batch, ins, outs = (
             tuple(leaf.shape[i] for i in axes)
             for axes in (leaf.batch_axes, leaf.in_axes, leaf.out_axes)
         )
-        a, b, scale = (
-            np.asarray(jax.device_get(x)).astype(dtype) for x in (leaf.a, leaf.b, leaf.scale)
-        )
+        a, b, scale = (read(x) for x in (leaf.a, leaf.b, leaf.scale))
+        xp = library(a, b)
         r, n_in, n_out = a.shape[-1], math.prod(ins), math.prod(outs)
         a = a.reshape(*a.shape[: a.ndim - len(ins) - 1], n_in, r)
         b = b.reshape(*b.shape[: b.ndim - len(outs) - 1], r, n_out)
-        scale = scale[..., None, None]
-        a = np.broadcast_to((scale != 0) * a, (*batch, n_in, r))
-        b = np.broadcast_to(scale * b, (*batch, r, n_out))
+        # As many axes as the matrices have: a scale may have fewer, a shared factor too.
+        scale = scale.reshape(*(1,) * (len(batch) - scale.ndim), *scale.shape, 1, 1)
+        a = xp.broadcast_to(a, (*batch, n_in, r)) * (scale != 0)
+        b = xp.broadcast_to(b, (*batch, r, n_out)) * scale
         pairs.append((a.reshape(-1, n_in, r), b.reshape(-1, r, n_out)))
-    return np.concatenate([a for a, _ in pairs], -1), np.concatenate([b for _, b in pairs], -2)
+    xp = library(pairs[0][0])
+    return xp.concatenate([a for a, _ in pairs], -1), xp.concatenate([b for _, b in pairs], -2)

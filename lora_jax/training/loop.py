@@ -8,7 +8,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +21,7 @@ from lora_jax.errors import UserError
 from lora_jax.training import mesh as meshes
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.reports import Reporter, line_of
+from lora_jax.training.spectra import Row
 from lora_jax.training.step import State
 
 
@@ -97,6 +98,7 @@ def fit(
     workdir: str | Path | None = None,
     checkpoints: Checkpoints | None = None,
     evaluate: Callable[[Any, State], Mapping[str, float]] | None = None,
+    inspect: Callable[[Any, State], Sequence[Row]] | None = None,
     eval_every: int = 0,
     save_every: int = 0,
     log_every: int = 10,
@@ -110,9 +112,11 @@ def fit(
         step: from `make_step`; `state` is donated to it, do not use it afterwards.
         data: batches without end. With `get_state()` and `set_state()` (JSON-able) it resumes
             where it was; without, a resumed run is a UserError.
-        workdir: gets metrics.jsonl and TensorBoard events; None: nothing is written.
+        workdir: gets metrics.jsonl, spectra.jsonl and TensorBoard events; None: nothing is written.
         evaluate: (frozen, state) -> metrics, each `eval_every` steps (0: never) and at the end.
             They are logged as `eval/<name>`; checkpoints know them without the prefix.
+        inspect: (frozen, state) -> `spectra.rows`, logged when `evaluate` is due, and at the end
+            without it too.
         save_every: also save each so many steps (0: only at evaluations and at the end).
         log_every: steps that are averaged for a line of the log.
         patience: it ends before `steps` once so many evaluations in a row were no better than the
@@ -147,6 +151,8 @@ def fit(
                 saving = last or evaluating or _due(number, save_every) or stopping
                 if saving or _due(number, log_every):
                     loop.flush(number)
+                if inspect is not None and (last or evaluating) and not stopping:
+                    loop.inspect(number, inspect, frozen, state)
                 if evaluating and not stopping:
                     metrics = loop.evaluate(number, evaluate, frozen, state)
                     loop.save(number, state, metrics)
@@ -256,6 +262,10 @@ class _Loop:
         self._reporter.log(number, {f"eval/{name}": value for name, value in metrics.items()})
         self._since = time.perf_counter()
         return metrics
+
+    def inspect(self, number: int, inspect: Any, frozen: Any, state: State) -> None:
+        self._reporter.log_spectra(number, inspect(frozen, state))
+        self._since = time.perf_counter()
 
     def save(self, number: int, state: State, metrics: Mapping[str, float] | None) -> None:
         if self._checkpoints is None:

@@ -1,4 +1,7 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard events, and a line on the terminal."""
+"""Where a run's numbers go: metrics.jsonl, spectra.jsonl, TensorBoard events, and the terminal.
+
+Both files hold a JSON object with its "step" a line, appended as they come.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,17 @@ from rich.progress import (
 )
 from tensorboardX import SummaryWriter
 
+from lora_jax.training.spectra import Row, summary
+
 METRICS_FILE = "metrics.jsonl"
+SPECTRA_FILE = "spectra.jsonl"
 
 
 class Reporter:
     """Writes logs of a run; a context manager.
 
     Args:
-        workdir: gets metrics.jsonl and TensorBoard events; None writes nothing.
+        workdir: gets the files and TensorBoard events; None writes nothing.
         start: steps done already. Lines of later steps, left by a run that was killed after its
             last checkpoint, are removed.
         steps: of the whole run, for the time left.
@@ -34,16 +40,17 @@ class Reporter:
     def __init__(
         self, workdir: str | Path | None, *, start: int, steps: int, progress: bool
     ) -> None:
+        self._directory = None if workdir is None else Path(workdir)
         self._file: Any = None
         self._board: Any = None
-        if workdir is not None:
-            directory = Path(workdir)
-            directory.mkdir(parents=True, exist_ok=True)
-            truncate_metrics(directory / METRICS_FILE, start)
-            self._file = (directory / METRICS_FILE).open("a", encoding="utf-8")
+        if self._directory is not None:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            for name in (METRICS_FILE, SPECTRA_FILE):
+                truncate_metrics(self._directory / name, start)
+            self._file = (self._directory / METRICS_FILE).open("a", encoding="utf-8")
             # purge_step hides the events of steps that will be done again.
             self._board = SummaryWriter(
-                str(directory / "tensorboard"), purge_step=start + 1 if start else None
+                str(self._directory / "tensorboard"), purge_step=start + 1 if start else None
             )
         self._progress = Progress(
             TextColumn("step"),
@@ -76,6 +83,19 @@ class Reporter:
         for name, value in values.items():
             self._board.add_scalar(name if "/" in name else f"train/{name}", value, step)
 
+    def log_spectra(self, step: int, rows: Sequence[Row]) -> None:
+        """`spectra.rows` as a line {"step": …, "matrices": […]}, and their summary as metrics.
+
+        Nothing where there are none.
+        """
+        if not rows:
+            return
+        self.log(step, summary(rows))
+        if self._directory is not None:
+            line = json.dumps({"step": step, "matrices": rows}) + "\n"
+            with (self._directory / SPECTRA_FILE).open("a", encoding="utf-8") as file:
+                file.write(line)
+
     def __exit__(self, *exception: Any) -> None:
         self._progress.stop()
         if self._file is not None:
@@ -103,8 +123,8 @@ def line_of(rows: Sequence[Mapping[str, float]], tokens: int, seconds: float) ->
     return line
 
 
-def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of one of the files; a last line that a kill cut short is left out."""
     rows = []
     text = Path(path).read_text(encoding="utf-8")
     lines = text.splitlines()

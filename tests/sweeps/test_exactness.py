@@ -116,6 +116,18 @@ def test_float32_and_results_as_of_a_run(tiny_config, tmp_path):
         wanted = json.loads((tmp_path / member.name / "result.json").read_text())
         for name in ("metrics", "trainable_params", "config", "data"):
             assert found[name] == wanted[name]
+        same_spectra(tmp_path / "pack" / member.name, tmp_path / member.name)
+
+
+def same_spectra(packed, alone):
+    """The updates' sizes and singular values, one line an evaluation, without padding."""
+    (mine,), (theirs,) = (read_metrics(f / "spectra.jsonl") for f in (packed, alone))
+    assert mine["step"] == theirs["step"] == 50
+    assert len(mine["matrices"]) == 14
+    for row, other in zip(mine["matrices"], theirs["matrices"], strict=True):
+        assert row["path"] == other["path"] and row["rank"] == other["rank"]
+        for name in ("scale", "norm", "relative_norm", "singular_values"):
+            np.testing.assert_allclose(row[name], other[name], rtol=1e-3, atol=1e-5)
 
 
 def test_padding_stays_zero(tiny_config, tmp_path):
@@ -173,7 +185,7 @@ def test_on_a_mesh(tiny_config, axes):
         {"method.dropout": 0.1},
         {"seed": 1},
     ]
-    found = []
+    found, sizes = [], []
     for mesh in ({}, axes):
         members = members_of({**config, "mesh": mesh}, overrides)
         program, starts = program_of(members, len(members))
@@ -188,5 +200,8 @@ def test_on_a_mesh(tiny_config, axes):
             states, metrics = program.run(states, batches, np.ones(4, bool))
             losses.append(np.asarray(metrics["loss"]))
         found.append(np.array(losses))
+        sizes.append([[row["norm"] for row in rows] for rows in program.spectra(states, range(4))])
     np.testing.assert_allclose(found[1], found[0], rtol=1e-4)
+    for packed, alone in zip(*sizes, strict=True):
+        np.testing.assert_allclose(packed, alone, rtol=1e-3)
     assert (found[0][-1] < found[0][0]).all()
