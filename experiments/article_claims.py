@@ -3,20 +3,22 @@
     lora-jax table experiments/article_claims.py --scale small --workdir runs/article_claims
 
 Counts and bytes at GPT-3's shape come from shapes alone. Latency is a forward pass of SmolLM2-135M
-(extra `quickstart`) as a ratio to the base, in turns in one process. The comparisons with full
-fine-tuning and the rivals train SmolLM2 to pronounce (configs/quickstart.py) for a few steps.
-`small`: about 50 minutes on 2 CPU cores; `smoke`: counts only.
+(extra `quickstart`) over the base's, in turns in one process. The comparisons train SmolLM2 to
+pronounce for 40 steps of two rows; `GENERAL_TEXT` names a text file (say, Shakespeare's works)
+whose loss before and after tells what is forgotten. `small`: about an hour on 2 CPU cores;
+`smoke`: counts, one latency, one step.
 """
 
 import functools
-import statistics
-import time
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_jax.errors import UserError
 from lora_jax.tables import Claim, Computed, NotRun, Row, Table, Trained
 
+MODEL = "smollm2-135m"
 CONFIGS = Path(__file__).parents[1] / "configs"
 GPT3 = str(CONFIGS / "gpt3_175b.py")
 # r=4 on query and value: the paper's section 4.2, "350GB to 35MB, roughly 10,000x".
@@ -71,88 +73,132 @@ def less_memory(folder: Path, seed: int) -> dict[str, Any]:
     return {"value": lora / full, "trainable_params": counted}
 
 
-def latency(method: str, rows: int, folder: Path, seed: int) -> dict[str, Any]:
-    """Time of a forward pass of 128 tokens over the base's, median of 15 rounds in turns."""
-    import jax
-    import jax.numpy as jnp
+def latency(rows: int, rounds: int, folder: Path, seed: int) -> dict[str, Any]:
+    """Forward passes of `rows` x 128 tokens, all arms in turns: see `latency.cells`."""
+    from latency import cells
 
     import lora_jax as lj
 
-    model, params = lj.load_pretrained("smollm2-135m")
-    tokens = jnp.ones((rows, 128), jnp.int32)
-    chosen = {
-        "merged": lj.LoRA(rank=8),
-        "beside": lj.LoRA(rank=8),
-        "adapter": lj.METHODS["adapter_h"](size=8),
-    }[method]
-    trainable = chosen.init(jax.random.key(seed), params)
-    if method == "merged":
-        other = {"params": chosen.merge(params, trainable)}
-    else:
-        other = chosen.combine(params, trainable)
-    run = jax.jit(lj.adapt(lambda v, t: model.apply(v, t)[:, -1]))
-    arms = {"base": {"params": params}, method: other}
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for round_ in range(16):
-        for name, variables in arms.items():
-            began = time.perf_counter()
-            run(variables, tokens).block_until_ready()
-            if round_:
-                seconds[name].append(time.perf_counter() - began)
-    ratios = [b / a for a, b in zip(seconds["base"], seconds[method], strict=True)]
-    return {"value": statistics.median(ratios), "trainable_params": chosen.count(params).total}
+    model, params = lj.load_pretrained(MODEL)
+    adapters = lj.METHODS["adapter_h"](size=8, start="normal")
+    methods = {"LoRA merged": (lj.LoRA(rank=8), True), "LoRA beside": (lj.LoRA(rank=8), False),
+               "adapters": (adapters, False)}  # fmt: skip
+    return cells(model, params, methods, rows, 128, rounds=rounds, seed=seed)
 
 
-def pronouncing(name: str, overrides: Mapping[str, Any], rates: tuple[float, ...]) -> list[Row]:
-    """Error and general loss of a method on the quickstart's task, 40 steps."""
-    short = {"evaluation.base_shots": (), "data.validation": "validation[:64]",
-             "data.source.split": "train[:20000]"}  # fmt: skip
-    grid = [{"optimizer.learning_rate": rate} for rate in rates]
-    config = f"{CONFIGS / 'quickstart.py'}:steps=40"
-    return [Row(name, "phoneme error rate", Trained(config, None, {**overrides, **short}, grid))]
-
-
-METHODS = {
+# The quickstart, with half the rows a step and fewer words.
+QUICKSTART = CONFIGS / "quickstart.py"
+SHORT: dict[str, Any] = {
+    "evaluation.base_shots": (), "data.validation": "validation[:64]", "evaluation.show": 0,
+    "evaluation.forgetting_blocks": 32, "data.batch_size": 2, "training.save_every": 0,
+}  # fmt: skip
+PREFIX = "Prefix-Tuning, length"
+METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "LoRA": ({}, (1e-3, 3e-3)),
     "full fine-tuning": ({"method.kind": "full"}, (3e-5, 1e-4)),
-    "adapters (Houlsby)": ({"method.kind": "adapter_h", "method.size": 32}, (1e-3, 3e-3)),
-    "Prefix-Tuning, length 8": (
-        {"method.kind": "prefix_tuning", "method.length": 8}, (1e-3, 1e-2),
-    ),
-    "Prefix-Tuning, length 32": (
-        {"method.kind": "prefix_tuning", "method.length": 32}, (1e-3, 1e-2),
-    ),
+    "adapters": ({"method.kind": "adapter_h", "method.size": 32}, (1e-3, 3e-3)),
+    f"{PREFIX} 2": ({"method.kind": "prefix_tuning", "method.length": 2}, (1e-3, 1e-2)),
+    f"{PREFIX} 8": ({"method.kind": "prefix_tuning", "method.length": 8}, (1e-3, 1e-2)),
+    f"{PREFIX} 32": ({"method.kind": "prefix_tuning", "method.length": 32}, (1e-3, 1e-2)),
     "Prompt Tuning": ({"method.kind": "prompt_tuning", "method.length": 16}, (1e-2, 1e-1)),
     "P-tuning v2": (
         {"method.kind": "p_tuning_v2", "method.length": 16, "method.train": ()}, (1e-2, 3e-2),
     ),
 }  # fmt: skip
+# Rates over a factor of 30, the same number for each method.
+SPREAD = {"LoRA": (3e-4, 1e-3, 3e-3, 1e-2), f"{PREFIX} 8": (1e-3, 3e-3, 1e-2, 3e-2)}
+ERROR, GENERAL = "phoneme error rate", "loss on general text"
+WORST = "phoneme error rate, worst rate − best"
 
 
-def table(scale: str) -> Table:
-    rows = [
+def runs_of(name: str, metric: str | None, rates: Sequence[float], steps: int) -> Trained:
+    """Runs of a method of `METHODS`, at the best of some rates by the task's own metric."""
+    overrides = {**METHODS[name][0], **SHORT, "training.steps": steps}
+    if text := os.environ.get("GENERAL_TEXT"):
+        overrides["evaluation.forgetting"] = {"kind": "files", "path": text}
+    grid = [{"optimizer.learning_rate": rate} for rate in rates]
+    return Trained(str(QUICKSTART), metric, overrides, grid, chosen_by="phoneme_error_rate")
+
+
+def spread(name: str, steps: int, folder: Path, seed: int) -> dict[str, Any]:
+    """The worst error over rates less the best one, and each of them."""
+    found: dict[str, Any] = {}
+    for rate in SPREAD[name]:
+        work = runs_of(name, None, (rate,), steps)
+        measured = work.measure(folder / f"rate{rate:g}", [seed], False)
+        if seed not in measured.values:
+            raise UserError(f"{name} diverged at rate {rate:g}: no error to compare")
+        found[f"{ERROR}, rate {rate:g}"] = {"value": measured.values[seed]}
+    errors = [cell["value"] for cell in found.values()]
+    return {**found, WORST: {"value": max(errors) - min(errors)}}
+
+
+def compared(steps: int, names: Sequence[str]) -> list[Row]:
+    """Error, and loss on general text, of each method at its best rate."""
+    rows = []
+    for name in names:
+        rates = METHODS[name][1]
+        rows.append(Row(name, ERROR, runs_of(name, None, rates, steps)))
+        metrics = {GENERAL: "general_loss"}
+        if name == "LoRA":  # the untrained model is the same in all
+            metrics[f"{GENERAL}, untrained"] = "base_general_loss"
+        for label, metric in metrics.items():
+            work: Trained | NotRun = runs_of(name, metric, rates, steps)
+            if not os.environ.get("GENERAL_TEXT"):
+                work = NotRun("set GENERAL_TEXT to a text file")
+            rows.append(Row(name, label, work))
+    return rows
+
+
+def counts() -> list[Row]:
+    """At GPT-3's shape."""
+    return [
         Row("parameters: all / trained, GPT-3, r=4", "ratio", Computed(fewer_parameters),
             notes=("the article: 10,000 times fewer",)),
         Row("training memory: LoRA / full, GPT-3, r=4", "ratio", Computed(less_memory),
             notes=("the article: a third; weights, gradients and optimizer state are counted, "
                    "activations are not",)),
     ]  # fmt: skip
-    claims: list[Claim] = []
-    if scale != "smoke":
-        for rows_ in (1, 8):
-            for method, label in (("merged", "LoRA, merged"), ("beside", "LoRA, not merged"),
-                                  ("adapter", "adapters (Houlsby)")):  # fmt: skip
-                timed = functools.partial(latency, method, rows_)
-                work = Computed(timed, name=f"{method}_{rows_}")
-                rows.append(Row(f"latency of {label} / base, {rows_} x 128", "ratio", work))
-        for name, (overrides, rates) in METHODS.items():
-            rows += pronouncing(name, overrides, rates)
-        claims = [Claim("LoRA", name, "phoneme error rate") for name in METHODS if name != "LoRA"]
-        rows.append(
-            Row("images: LoRA styles in Stable Diffusion", "quality", NotRun("no U-Net here yet"))
-        )
+
+
+def latencies(batches: Sequence[int], rounds: int) -> list[Row]:
+    return [
+        Row(f"latency, {rows} x 128", metric,
+            Computed(functools.partial(latency, rows, rounds), seeded=True, name="latency",
+                     metric=metric))
+        for rows in batches
+        for metric in ("LoRA merged overhead (%)", "LoRA beside overhead (%)",
+                       "adapters overhead (%)")
+    ]  # fmt: skip
+
+
+def table(scale: str) -> Table:
+    if scale == "smoke":
+        rows = [*counts(), *latencies((1,), 1), *compared(1, ("P-tuning v2",))]
+        return Table("The article's claims, smoke", tuple(rows), seeds=1)
+    rows = [*counts(), *latencies((1, 8), 15), *compared(40, tuple(METHODS))]
+    for name, rates in SPREAD.items():
+        work = functools.partial(spread, name, 40)
+        for metric in (WORST, *(f"{ERROR}, rate {rate:g}" for rate in rates)):
+            cell = Computed(work, seeded=True, name="spread", metric=metric)
+            rows.append(Row(f"{name}, over rates", metric, cell))
+    rows.append(
+        Row("images: LoRA styles in Stable Diffusion", "quality", NotRun("no U-Net here yet"))
+    )
+    lora, prefix = (f"{name}, over rates" for name in SPREAD)
     return Table(
-        f"The article's claims, {scale}", tuple(rows), seeds=3, claims=tuple(claims),
-        notes=("Another model and task than the article's, at a small scale.",),
-        cost="about 50 minutes on 2 CPU cores",
+        f"The article's claims, {scale}", tuple(rows), seeds=3,
+        claims=(
+            *(Claim("LoRA", name, ERROR) for name in METHODS if name != "LoRA"),
+            Claim(prefix, lora, WORST),
+            Claim(f"{PREFIX} 2", f"{PREFIX} 8", ERROR), Claim(f"{PREFIX} 8", f"{PREFIX} 32", ERROR),
+            *(Claim("LoRA", name, GENERAL) for name in METHODS if name != "LoRA"),
+        ),
+        notes=(
+            "Another model and task than the article's, at a small scale. Error and loss: lower is "
+            "better.",
+            "Loss on general text is of the adapted model. A prefix or prompt that is taken away "
+            "leaves the base as it was, and so does a LoRA that was not merged.",
+        ),
+        cost="about an hour on 2 CPU cores",
     )  # fmt: skip

@@ -66,7 +66,9 @@ class Trained:
       metric: of `result.json`; None: the task's principal one.
       overrides: of the config, by dotted path.
       grid: tried on the first seed, by dotted path; the best of them is run with all seeds. It is
-        chosen by the same metric on the same records as is reported, as the papers do.
+        chosen on the same records as are reported, as the papers do.
+      chosen_by: the metric that it is chosen by; None: the one reported. A table of several metrics
+        of the same runs names one, so that all are of the same choice.
       vary: what a seed sets besides `seed`: by default the order of the data.
     """
 
@@ -74,6 +76,7 @@ class Trained:
     metric: str | None = None
     overrides: Overrides = dataclasses.field(default_factory=dict)
     grid: Sequence[Overrides] = ()
+    chosen_by: str | None = None
     vary: Sequence[str] = ("data.seed", "training.dropout_seed")
 
     def measure(self, folder: Path, seeds: Sequence[int], progress: bool) -> Measured:
@@ -86,7 +89,7 @@ class Trained:
             tried = [{**one, **self._seed(seeds[0])} for one in self.grid]
             sweep = Sweep(base, {"grid": tried}, folder, options, progress)
             seconds += self._run(sweep)
-            metric = self.metric or sweep.task.principal
+            metric = self.chosen_by or self.metric or sweep.task.principal
             scored = [
                 (self._value(result, metric), at)
                 for at, member in enumerate(sweep.grid)

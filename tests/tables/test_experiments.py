@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +95,34 @@ def test_methods_of_small_rows_fit_their_models(path: Path) -> None:
         trainable = jax.eval_shape(lambda p, m=method: m.init(jax.random.key(0), p), bench.params)
         assert sum(x.size for x in jax.tree.leaves(trainable)) > 0
         assert method.count(bench.params).total > 0
+
+
+def test_the_articles_claims(
+    tmp_path: Path, tiny_base: Path, tiny_config: Any, monkeypatch: Any
+) -> None:
+    """Counts at GPT-3's shape, a latency, general text before and after, errors over rates."""
+    words = [{"word": w, "phonemes": " ".join(w), "references": [" ".join(w)]}
+             for w in ("cat", "tac", "act", "at", "ta", "ca")]  # fmt: skip
+    (tmp_path / "words.jsonl").write_text("\n".join(map(json.dumps, words)))
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question\n" * 40)
+    data = {"source": {"kind": "files", "path": str(tmp_path / "words.jsonl"), "split": "[:4]"},
+            "task": {"kind": "g2p"}}  # fmt: skip
+    config = tmp_path / "config.py"
+    config.write_text(f"def get_config():\n    return {tiny_config(data=data)!r}\n")
+    module = configs.load_module(str(EXPERIMENTS / "article_claims.py"))
+    monkeypatch.setattr(module, "QUICKSTART", config)
+    monkeypatch.setattr(module, "MODEL", str(tiny_base / "base"))
+    monkeypatch.setitem(module.SHORT, "data.validation", "[4:]")
+    monkeypatch.setenv("GENERAL_TEXT", str(tmp_path / "text.txt"))
+    filled = tables.run(module.table("smoke"), "smoke", tmp_path, progress=False)
+    found = filled.frame().set_index(["row", "metric"])["measured"]
+    # The paper's section 4.2: 350 GB to 35 MB, and 1.2 TB to 350 GB.
+    assert found["parameters: all / trained, GPT-3, r=4", "ratio"] == pytest.approx(9251, abs=1)
+    assert 0.1 < found["training memory: LoRA / full, GPT-3, r=4", "ratio"] < 1 / 3
+    assert found.notna().all()
+    assert found["P-tuning v2", "loss on general text"] > 0
+
+    monkeypatch.setitem(module.SPREAD, "LoRA", (1e-3, 1e-1))
+    cells = module.spread("LoRA", 3, tmp_path / "spread", 0)
+    errors = [cells[f"phoneme error rate, rate {rate:g}"]["value"] for rate in (1e-3, 1e-1)]
+    assert cells[module.WORST]["value"] == max(errors) - min(errors)

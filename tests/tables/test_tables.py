@@ -117,6 +117,33 @@ def test_a_function_that_gives_several_cells_is_called_once(tmp_path: Path) -> N
     assert frame["seeds"][2] == 0  # there is no such metric
 
 
+def test_all_metrics_of_a_row_are_of_one_choice(tiny_config: Any, tmp_path: Path) -> None:
+    """Loss on general text is reported of the runs that were chosen by the task's metric."""
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question\n" * 20)
+    forgetting = {"kind": "files", "path": str(tmp_path / "text.txt")}
+    config = tmp_path / "config.py"
+    made = tiny_config(training={"steps": 2}, evaluation={"forgetting": forgetting})
+    config.write_text(f"def get_config():\n    return {made!r}\n")
+    grid = [{"optimizer.learning_rate": r} for r in (1e-9, 3e-2)]
+    works = [
+        tables.Trained(str(config), metric, grid=grid, chosen_by="exact_match")
+        for metric in (None, "general_loss", "base_general_loss")
+    ]
+    found = [work.measure(tmp_path / "row", [0], False) for work in works]
+    assert len({x.place for x in found}) == 1 and len({str(x.chosen) for x in found}) == 1
+    members = list(Path(found[0].place).glob("members/*/result.json"))
+    assert len(members) == 2  # nothing was trained for the second and third metric
+    by_rate = {r["config"]["optimizer"]["learning_rate"]: r["metrics"]
+               for r in (json.loads(m.read_text()) for m in members)}  # fmt: skip
+    rate = found[1].chosen["optimizer.learning_rate"]
+    assert found[1].values == {0: by_rate[rate]["general_loss"]}
+    assert by_rate[1e-9]["exact_match"] == by_rate[3e-2]["exact_match"]  # a tie: the later one wins
+    assert rate == 3e-2
+    # At a rate of next to nothing, next to nothing is forgotten.
+    still = by_rate[1e-9]
+    assert still["general_loss"] == pytest.approx(still["base_general_loss"], abs=1e-4)
+
+
 def test_forms(tmp_path: Path) -> None:
     filled = tables.run(a_table([]), "small", tmp_path)
     paths = render.write(filled, tmp_path / "out", "name")
