@@ -30,6 +30,7 @@ class Context:
         everything if not causal.
       slot: int scalar, the cache slot of the first query; None without a cache.
       tokens: int [B, T - P], those of this call: without the P positions of a prompt.
+      read: int [B], the only position whose output is read after this layer; None: all are.
       causal: whether a query sees only keys up to its own (static).
       deterministic: whether dropout is off (static).
       keep_inputs: whether each layer also returns its input (static).
@@ -40,9 +41,31 @@ class Context:
     mask: jax.Array | None = None
     slot: jax.Array | None = None
     tokens: jax.Array | None = None
+    read: jax.Array | None = None
     causal: bool = dataclasses.field(default=True, metadata={"static": True})
     deterministic: bool = dataclasses.field(default=True, metadata={"static": True})
     keep_inputs: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def narrow(self, x: jax.Array) -> jax.Array:
+        """[B, T, ...] -> the positions that are read, [B, 1, ...]; `x` itself where all are."""
+        return x if self.read is None else at(x, self.read)
+
+    def passed_on(
+        self, entered_BTD: jax.Array, left: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """(what the next layer reads, what a layer gives beside it): its input if `keep_inputs`.
+
+        Layers are scanned, and a scan's carry keeps its shape: what is narrowed leaves beside it.
+        """
+        if self.read is not None:
+            return entered_BTD, left
+        return left, entered_BTD if self.keep_inputs else None
+
+
+def at(x: jax.Array, index_B: jax.Array, axis: int = 1) -> jax.Array:
+    """x's entry at each row's own index along `axis`, whose size becomes 1."""
+    index = index_B.reshape((-1,) + (1,) * (x.ndim - 1))
+    return jnp.take_along_axis(x, index, axis=axis)
 
 
 def attention_masks(
@@ -119,24 +142,31 @@ class Attention(nn.Module):
     def __call__(
         self, x_BTD: jax.Array, cache: dict[str, jax.Array] | None, context: Context
     ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
-        """x [B, T, D], this layer's cache {"key", "value": [B, S, K, H]} -> (x, cache)."""
+        """x [B, T, D], this layer's cache {"key", "value": [B, S, K, H]} -> (x, cache).
+
+        Where only one position is read (`Context.read`), x comes out as [B, 1, D].
+        """
         batch, length, width = x_BTD.shape
+        reads_BTD = context.narrow(x_BTD)
 
-        def project(name: str, heads: int) -> jax.Array:
+        def project(name: str, heads: int, x_BTD: jax.Array) -> jax.Array:
             y = dense(heads * self.head_dim, self.bias, self.dtype, name)(x_BTD)
-            return y.reshape(batch, length, heads, self.head_dim)
+            return y.reshape(batch, -1, heads, self.head_dim)
 
-        def placed(name: str, heads: int) -> jax.Array:
-            y = project(name, heads)
+        def placed(name: str, heads: int, x_BTD: jax.Array, narrow: bool) -> jax.Array:
+            y = project(name, heads, x_BTD)
             if self.head_norm_eps is not None:
                 y = RMSNorm(self.head_norm_eps, self.dtype, name=f"{name}_norm")(y)
             if context.cos is None or context.sin is None:
                 return y
-            return rotary.rotate(y, context.cos, context.sin)
+            cos, sin = context.cos, context.sin
+            if narrow:
+                cos, sin = context.narrow(cos), context.narrow(sin)
+            return rotary.rotate(y, cos, sin)
 
-        q_BTNH = placed("query", self.num_heads)
-        k_BSKH = placed("key", self.num_kv_heads)
-        v_BSKH = project("value", self.num_kv_heads)
+        q_BTNH = placed("query", self.num_heads, reads_BTD, True)
+        k_BSKH = placed("key", self.num_kv_heads, x_BTD, False)
+        v_BSKH = project("value", self.num_kv_heads, x_BTD)
         if cache is not None:
             k_BSKH = _write(cache["key"], k_BSKH, context.slot)
             v_BSKH = _write(cache["value"], v_BSKH, context.slot)
@@ -151,14 +181,17 @@ class Attention(nn.Module):
             inputs=x_BTD,
         )
         mask, prefix = context.mask, k_BSKH.shape[1] - slots
-        if prefix:
-            if mask is None and context.causal:
-                mask = attention_masks(length, slots)
-            if mask is not None:
-                mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (prefix, 0)), constant_values=True)
+        if mask is None and context.causal and (prefix or context.read is not None):
+            mask = attention_masks(length, slots)
+        if mask is not None and context.read is not None:
+            mask = at(jnp.broadcast_to(mask, (batch, *mask.shape[1:])), context.read, axis=2)
+        if mask is not None and prefix:
+            mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (prefix, 0)), constant_values=True)
         y_BTNH = self._attend(q_BTNH, k_BSKH, v_BSKH, mask, context)
-        y_BTD = dense(width, self.out_bias, self.dtype, "out")(y_BTNH.reshape(batch, length, -1))
-        return site(self, "out", y_BTD, inputs=x_BTD), cache
+        y_BTD = dense(width, self.out_bias, self.dtype, "out")(
+            y_BTNH.reshape(batch, y_BTNH.shape[1], -1)
+        )
+        return site(self, "out", y_BTD, inputs=reads_BTD), cache
 
     def _attend(
         self,

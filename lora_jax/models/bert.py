@@ -64,10 +64,10 @@ class Block(nn.Module):
     def __call__(
         self, x_BTD: jax.Array, cache: Cache | None, context: Context
     ) -> tuple[jax.Array, tuple[Cache | None, jax.Array | None]]:
-        """x [B, T, D], no cache -> (x, (no cache, the layer's input if kept))."""
+        """x [B, T, D], no cache -> (x, (no cache, see `Context.passed_on`))."""
         c, off = self.config, context.deterministic
         x_BTD = site(self, "in", x_BTD, tokens=context.tokens)
-        entered = x_BTD if context.keep_inputs else None
+        entered_BTD = x_BTD
         y_BTD, cache = Attention(
             c.num_heads,
             c.num_kv_heads,
@@ -80,11 +80,13 @@ class Block(nn.Module):
             name="attention",
         )(x_BTD, cache, context)
         y_BTD = nn.Dropout(c.dropout, name="attention_dropout")(y_BTD, deterministic=off)
-        x_BTD = LayerNorm(c.norm_eps, c.dtype, name="attention_norm")(x_BTD + y_BTD)
+        x_BTD = context.narrow(x_BTD) + y_BTD
+        x_BTD = LayerNorm(c.norm_eps, c.dtype, name="attention_norm")(x_BTD)
         y_BTD = MLP(c.mlp_size, c.activation, c.dtype, name="mlp")(x_BTD)
         y_BTD = nn.Dropout(c.dropout, name="mlp_dropout")(y_BTD, deterministic=off)
         x_BTD = LayerNorm(c.norm_eps, c.dtype, name="mlp_norm")(x_BTD + y_BTD)
-        return site(self, "out", x_BTD), (cache, entered)
+        x_BTD, beside = context.passed_on(entered_BTD, site(self, "out", x_BTD))
+        return x_BTD, (cache, beside)
 
 
 class ScoringHead(nn.Module):
@@ -177,16 +179,14 @@ class Bert(Transformer):
             return super().logits(hidden)
         return self.head(hidden, self.embed)
 
-    def scores(
-        self,
-        hidden: jax.Array,
-        tokens: jax.Array,
-        attention_mask: jax.Array | None,
-        deterministic: bool,
-    ) -> jax.Array:
+    def read(self, tokens: jax.Array, attention_mask: jax.Array | None) -> jax.Array:
+        return jnp.zeros(tokens.shape[0], jnp.int32)
+
+    def scores(self, x_BD: jax.Array, deterministic: bool) -> jax.Array:
+        return self.head(x_BD, deterministic)
+
+    def pooled(self, hidden: jax.Array, attention_mask: jax.Array | None) -> jax.Array:
         c = self.config
-        if c.head in SCORING:
-            return self.head(hidden[:, 0], deterministic)
         x_BD = pool(hidden, attention_mask, c.pooling)
         if not c.normalize:
             return x_BD

@@ -18,7 +18,7 @@ from lora_jax.models.config import (
     refuse,
     require,
 )
-from lora_jax.models.family import TensorSpec, linear, norm
+from lora_jax.models.family import TensorSpec, cut, linear, norm
 
 _STEMS = {"bert": "Bert", "roberta": "Roberta"}
 MODEL_TYPES = tuple(_STEMS)
@@ -166,7 +166,7 @@ def tensors(config: BertConfig) -> list[TensorSpec]:
         ("mlp_norm", "output.LayerNorm"),
     ):
         rows += norm(f"layers/{{i}}/{ours}", layer + theirs, d, layers=n)
-    return rows + _head_tensors(config)
+    return cut(rows + _head_tensors(config), config.cuts)
 
 
 def _head_tensors(config: BertConfig) -> list[TensorSpec]:

@@ -62,6 +62,17 @@ class ModelConfig:
     attention: Literal["xla", "cudnn"] | None = None
     source: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """Layers at which the stack is cut into segments when parameters are made.
+
+        A scoring head reads one position: the last layer, as a segment of its own, computes one
+        query, one output of attention and one row of the MLP instead of as many as there are
+        tokens.
+        """
+        scores = self.head in SCORING and self.num_layers > 1
+        return (self.num_layers - 1,) if scores else ()
+
     def __post_init__(self) -> None:
         if self.remat not in REMAT:
             raise UserError(f"remat={self.remat!r} must be one of {', '.join(REMAT)}.")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +24,7 @@ class TensorSpec:
       part: (k, n) where our leaf is the k-th of n equal parts, along our last axis, of a tensor
         that Hugging Face stores fused; each part is a row of its own.
       new: whether a checkpoint may lack it, as a head for a new task: then it is drawn.
+      cuts: layers at which our stack is cut into segments (`ModelConfig.cuts`).
     """
 
     path: str
@@ -32,6 +34,7 @@ class TensorSpec:
     layers: int = 0
     part: tuple[int, int] | None = None
     new: bool = False
+    cuts: tuple[int, ...] = ()
 
     @property
     def our_shape(self) -> tuple[int, ...]:
@@ -39,11 +42,27 @@ class TensorSpec:
         shape = self.shape[::-1] if self.op == "transpose" else self.shape
         return shape if self.part is None else (*shape[:-1], shape[-1] // self.part[1])
 
+    def segments(self, cuts: Collection[int] = ()) -> list[tuple[str, tuple[int, int]]]:
+        """(path of our leaf, (first layer, end)) of each segment: ``layers[0:30]/x``, (0, 30).
+
+        A tensor outside the layers has one, (0, 0). `cuts` are added to the spec's own.
+        """
+        if not self.layers:
+            return [(self.path, (0, 0))]
+        inside = {c for c in (*self.cuts, *cuts) if 0 < c < self.layers}
+        pairs = itertools.pairwise([0, *sorted(inside), self.layers])
+        return [(self.path.replace("/{i}/", f"[{a}:{b}]/"), (a, b)) for a, b in pairs]
+
     def expand(self) -> list[tuple[str, str]]:
         """(our path, Hugging Face name) of each tensor, layer by layer."""
         if not self.layers:
             return [(self.path, self.name)]
         return [(self.path.format(i=i), self.name.format(i=i)) for i in range(self.layers)]
+
+
+def cut(rows: Iterable[TensorSpec], cuts: tuple[int, ...]) -> list[TensorSpec]:
+    """The rows, those of layers cut into segments (`ModelConfig.cuts`)."""
+    return [dataclasses.replace(row, cuts=cuts) if row.layers else row for row in rows]
 
 
 def linear(

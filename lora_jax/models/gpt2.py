@@ -27,7 +27,7 @@ from lora_jax.models.config import (
     refuse,
     require,
 )
-from lora_jax.models.family import Family, TensorSpec, linear, norm
+from lora_jax.models.family import Family, TensorSpec, cut, linear, norm
 from lora_jax.models.norms import LayerNorm
 from lora_jax.models.sites import site
 from lora_jax.models.transformer import Cache, Transformer
@@ -75,10 +75,10 @@ class Block(nn.Module):
     def __call__(
         self, x_BTD: jax.Array, cache: Cache | None, context: Context
     ) -> tuple[jax.Array, tuple[Cache | None, jax.Array | None]]:
-        """x [B, T, D], this layer's cache -> (x, (cache, the layer's input if kept))."""
+        """x [B, T, D], this layer's cache -> (x, (cache, see `Context.passed_on`))."""
         c, off = self.config, context.deterministic
         x_BTD = site(self, "in", x_BTD, tokens=context.tokens)
-        entered = x_BTD if context.keep_inputs else None
+        entered_BTD = x_BTD
         y_BTD = LayerNorm(c.norm_eps, c.dtype, name="attention_norm")(x_BTD)
         y_BTD, cache = Attention(
             c.num_heads,
@@ -91,11 +91,12 @@ class Block(nn.Module):
             c.attention_dropout,
             name="attention",
         )(y_BTD, cache, context)
-        x_BTD = x_BTD + nn.Dropout(c.residual_dropout)(y_BTD, deterministic=off)
+        x_BTD = context.narrow(x_BTD) + nn.Dropout(c.residual_dropout)(y_BTD, deterministic=off)
         y_BTD = LayerNorm(c.norm_eps, c.dtype, name="mlp_norm")(x_BTD)
         y_BTD = MLP(c.mlp_size or 0, c.activation, c.dtype, name="mlp")(y_BTD)
         x_BTD = x_BTD + nn.Dropout(c.residual_dropout)(y_BTD, deterministic=off)
-        return site(self, "out", x_BTD), (cache, entered)
+        x_BTD, beside = context.passed_on(entered_BTD, site(self, "out", x_BTD))
+        return x_BTD, (cache, beside)
 
 
 class GPT2(Transformer):
@@ -212,7 +213,7 @@ def tensors(config: GPT2Config) -> list[TensorSpec]:
         rows += linear("head", "lm_head", d, config.vocab_size, bias=False)
     if config.head in SCORING:
         rows += linear("head", "score", d, config.num_labels or 0, bias=False, new=True)
-    return rows
+    return cut(rows, config.cuts)
 
 
 def ignored(config: GPT2Config) -> tuple[str, ...]:

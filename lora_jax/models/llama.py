@@ -39,10 +39,10 @@ class Block(nn.Module):
     def __call__(
         self, x_BTD: jax.Array, cache: Cache | None, context: Context
     ) -> tuple[jax.Array, tuple[Cache | None, jax.Array | None]]:
-        """x [B, T, D], this layer's cache -> (x, (cache, the layer's input if kept))."""
+        """x [B, T, D], this layer's cache -> (x, (cache, see `Context.passed_on`))."""
         c = self.config
         x_BTD = site(self, "in", x_BTD, tokens=context.tokens)
-        entered = x_BTD if context.keep_inputs else None
+        entered_BTD = x_BTD
         y_BTD = RMSNorm(c.norm_eps, c.dtype, c.norm_offset, name="attention_norm")(x_BTD)
         y_BTD, cache = Attention(
             c.num_heads,
@@ -55,10 +55,12 @@ class Block(nn.Module):
             head_norm_eps=c.norm_eps if c.head_norm else None,
             name="attention",
         )(y_BTD, cache, context)
-        x_BTD = x_BTD + y_BTD
+        x_BTD = context.narrow(x_BTD) + y_BTD
         y_BTD = RMSNorm(c.norm_eps, c.dtype, c.norm_offset, name="mlp_norm")(x_BTD)
         mlp = GatedMLP(c.mlp_size, c.mlp_bias, c.dtype, c.activation, name="mlp")
-        return site(self, "out", x_BTD + mlp(y_BTD)), (cache, entered)
+        x_BTD = site(self, "out", x_BTD + mlp(y_BTD))
+        x_BTD, beside = context.passed_on(entered_BTD, x_BTD)
+        return x_BTD, (cache, beside)
 
 
 class Llama(Transformer):

@@ -19,7 +19,7 @@ from lora_jax.models.config import (
     refuse,
     require,
 )
-from lora_jax.models.family import TensorSpec, linear, norm
+from lora_jax.models.family import TensorSpec, cut, linear, norm
 from lora_jax.models.rotary import RopeScaling, scaling_from_hf, scaling_to_hf
 
 _GELU = "gelu_pytorch_tanh"
@@ -227,7 +227,7 @@ def tensors(config: LlamaConfig) -> list[TensorSpec]:
         rows += linear("head", "lm_head", d, config.vocab_size, bias=False)
     if config.head in SCORING:
         rows += linear("head", "score", d, config.num_labels or 0, bias=False, new=True)
-    return rows
+    return cut(rows, config.cuts)
 
 
 def ignored(config: LlamaConfig) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ their own, and the step never slices or concatenates weights.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -37,8 +38,11 @@ class Segment:
         return self.stop - self.start
 
 
-def segments_in(names: Iterable[str], num_layers: int) -> tuple[Segment, ...]:
-    """The segments among the keys of a parameter tree, in order; one whole stack if none is there.
+def segments_in(
+    names: Iterable[str], num_layers: int, cuts: Iterable[int] = ()
+) -> tuple[Segment, ...]:
+    """The segments among the keys of a parameter tree, in order; where none is there, those that
+    `cuts` make of the whole stack.
 
     Raises:
       UserError: the segments leave out a layer or hold one twice.
@@ -49,7 +53,8 @@ def segments_in(names: Iterable[str], num_layers: int) -> tuple[Segment, ...]:
         if match:
             found.append(Segment(int(match[1]), int(match[2])))
     if not found:
-        return (Segment(0, num_layers),)
+        edges = [0, *cuts, num_layers]
+        return tuple(Segment(*pair) for pair in itertools.pairwise(edges))
     found.sort(key=lambda segment: segment.start)
     edges = [0] + [segment.stop for segment in found]
     starts = [segment.start for segment in found]

@@ -18,8 +18,9 @@ from flax import linen as nn
 
 from lora_jax.errors import UserError
 from lora_jax.models import rotary
-from lora_jax.models.attention import Context, attention_masks, default_positions
+from lora_jax.models.attention import Context, at, attention_masks, default_positions
 from lora_jax.models.blocks import Embed, dense
+from lora_jax.models.config import SCORING
 from lora_jax.models.sites import find, length_at
 from lora_jax.models.stack import scanned, segments_in
 
@@ -64,7 +65,7 @@ class Transformer(nn.Module):
         c = self.config
         self.embed = Embed(c.vocab_size, c.hidden_size, c.dtype)
         present = () if self.is_initializing() else self.variables.get("params", {})
-        self.segments = segments_in(present, c.num_layers)
+        self.segments = segments_in(present, c.num_layers, c.cuts)
         self.stack = [
             scanned(self.block, segment, remat=c.remat, unroll=c.unroll, inputs=1, config=c)
             for segment in self.segments
@@ -130,16 +131,17 @@ class Transformer(nn.Module):
             raise UserError(f"a model with head={self.config.head!r} has no logits of tokens.")
         return self.embed.attend(hidden) if self.config.tied else self.head(hidden)
 
-    def scores(
-        self,
-        hidden: jax.Array,
-        tokens: jax.Array,
-        attention_mask: jax.Array | None,
-        deterministic: bool,
-    ) -> jax.Array:
-        """Hidden states [B, T, D] -> [B, C]: here, a decoder's, of its last token."""
-        last_B = last_token(tokens, attention_mask, self.config.pad_id)
-        return self.head(jnp.take_along_axis(hidden, last_B[:, None, None], axis=1)[:, 0])
+    def read(self, tokens: jax.Array, attention_mask: jax.Array | None) -> jax.Array:
+        """The position that a scoring head reads, int [B]: here, a decoder's last token."""
+        return last_token(tokens, attention_mask, self.config.pad_id)
+
+    def scores(self, x_BD: jax.Array, deterministic: bool) -> jax.Array:
+        """The hidden state of that position, [B, D] -> [B, C]."""
+        return self.head(x_BD)
+
+    def pooled(self, hidden: jax.Array, attention_mask: jax.Array | None) -> jax.Array:
+        """Hidden states [B, T, D] -> [B, D], for head="pooling"."""
+        raise NotImplementedError
 
     # --- calls ------------------------------------------------------------------------------------
 
@@ -200,7 +202,9 @@ class Transformer(nn.Module):
             cache,
             cache_index,
         )
-        x_BTD, hidden, cache = self._run(inputs)
+        # All hidden states are wanted where they are asked for; a scoring head reads one position.
+        one = self.config.head in SCORING and not output_hidden_states
+        x_BTD, hidden, cache = self._run(inputs, one)
         results: list[Any] = [self._read_out(x_BTD, inputs)]
         if output_hidden_states:
             results.append(jnp.concatenate([*hidden, x_BTD[None]]))
@@ -234,10 +238,20 @@ class Transformer(nn.Module):
                 f"head={head!r} gives one result a row: rows must not be packed (segment_ids) nor "
                 "come in parts (cache)."
             )
-        return self.scores(x_BTD, inputs.tokens, inputs.attention_mask, inputs.deterministic)
+        if head not in SCORING:
+            return self.pooled(x_BTD, inputs.attention_mask)
+        if x_BTD.shape[1] != 1:
+            x_BTD = at(x_BTD, self.read(inputs.tokens, inputs.attention_mask))
+        return self.scores(x_BTD[:, 0], inputs.deterministic)
 
-    def _run(self, inputs: _Inputs) -> tuple[jax.Array, list[jax.Array], Cache | None]:
-        """(hidden states [B, T, D], each segment's layer inputs, cache)."""
+    def _run(
+        self, inputs: _Inputs, one: bool = False
+    ) -> tuple[jax.Array, list[jax.Array], Cache | None]:
+        """(hidden states [B, T, D], each segment's layer inputs, cache).
+
+        With `one`, hidden states may be [B, 1, D], of the position that `read` says: they are where
+        the last layer is a segment of its own, which then computes no other.
+        """
         tokens, cache = inputs.tokens, inputs.cache
         if cache is not None and inputs.segment_ids is not None:
             raise UserError("packed rows cannot be decoded with a cache; leave segment_ids out.")
@@ -275,9 +289,14 @@ class Transformer(nn.Module):
             keep_inputs=inputs.keep_inputs,
         )
         kept = []
+        one = one and self.segments[-1].size == 1 and cache is None
         for segment, layers, shift in zip(self.segments, self.stack, shifts, strict=True):
             cos, sin = self.rotary_tables(positions + shift)
             context = dataclasses.replace(shared, cos=cos, sin=sin)
+            if one and segment is self.segments[-1]:
+                read_B = self.read(tokens, inputs.attention_mask) + drop
+                _, (_, left) = layers(x_BTD, None, dataclasses.replace(context, read=read_B))
+                return self.leave(left[0]), kept, cache
             rows = slice(segment.start, segment.stop)
             part = None if cache is None else jax.tree.map(lambda a: a[rows], cache)  # noqa: B023
             x_BTD, (part, entered) = layers(x_BTD, part, context)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import itertools
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -21,16 +20,10 @@ from lora_jax.pretrained.source import Index, TensorSource
 SHOWN = 8  # names listed per kind of mistake
 
 
-def stack_path(spec: TensorSpec, start: int = 0, stop: int | None = None) -> str:
-    """Path of the leaf that holds some or all layers: `layers/{i}/x` is `layers[0:30]/x`."""
-    if not spec.layers:
-        return spec.path
-    return spec.path.replace("/{i}/", f"[{start}:{spec.layers if stop is None else stop}]/")
-
-
-def stack_shape(spec: TensorSpec) -> tuple[int, ...]:
-    """Shape of the leaf that holds all layers."""
-    return ((spec.layers,) if spec.layers else ()) + tuple(spec.our_shape)
+def leaf_shape(spec: TensorSpec, layers: tuple[int, int]) -> tuple[int, ...]:
+    """Shape of the leaf that holds the layers from the first to before the second."""
+    start, stop = layers
+    return ((stop - start,) if spec.layers else ()) + tuple(spec.our_shape)
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,15 +43,12 @@ def abstract_params(
 ) -> dict[str, Any]:
     """The tree of shapes (`jax.ShapeDtypeStruct`) that `assemble` would load: costs nothing.
 
-    `cuts` are layers at which the stack is cut in segments.
+    `cuts` are layers at which stacks are cut besides where their specs say.
     """
     flat = {}
     for spec in specs:
-        edges = [0, *sorted(c for c in set(cuts) if 0 < c < spec.layers), spec.layers]
-        for start, stop in itertools.pairwise(edges):
-            shape = ((stop - start,) if spec.layers else ()) + tuple(spec.our_shape)
-            path = stack_path(spec, start, stop)
-            flat[path] = jax.ShapeDtypeStruct(shape, dtype)
+        for path, layers in spec.segments(cuts):
+            flat[path] = jax.ShapeDtypeStruct(leaf_shape(spec, layers), dtype)
     return nest(flat)
 
 
@@ -98,8 +88,12 @@ def _listed(kind: str, shown: Sequence[str], total: int) -> list[str]:
     return [f"{kind} ({total}): {', '.join(shown)}{more}"]
 
 
-def sharding_of(shardings: Any, mesh: Mesh | None) -> Callable[[str, TensorSpec], Sharding | None]:
-    """A function from (stack path, spec) to the leaf's sharding.
+Choice = Callable[[str, tuple[int, ...], bool], Sharding | None]
+"""(path of a leaf, its shape, whether it is stacked) -> its sharding."""
+
+
+def sharding_of(shardings: Any, mesh: Mesh | None) -> Choice:
+    """Where each leaf goes.
 
     `shardings` may be None (one device, or replicated over `mesh`), a Sharding for every leaf, a
     function of (path, shape), a tree or flat dict of Shardings, or ordered (regex, PartitionSpec)
@@ -107,30 +101,30 @@ def sharding_of(shardings: Any, mesh: Mesh | None) -> Callable[[str, TensorSpec]
     """
     if shardings is None:
         every = NamedSharding(mesh, PartitionSpec()) if mesh is not None else None
-        return lambda path, spec: every
+        return lambda path, shape, stacked: every
     if isinstance(shardings, Sharding):
-        return lambda path, spec: shardings
+        return lambda path, shape, stacked: shardings
     if isinstance(shardings, Mapping):
         flat = {
             jax.tree_util.keystr(p, simple=True, separator="/"): s
             for p, s in jax.tree_util.tree_flatten_with_path(shardings)[0]
         }
 
-        def look_up(path: str, spec: TensorSpec) -> Sharding:
+        def look_up(path: str, shape: tuple[int, ...], stacked: bool) -> Sharding:
             if path not in flat:
                 raise UserError(f"shardings: nothing given for {path!r}")
             return flat[path]
 
         return look_up
     if callable(shardings):
-        return lambda path, spec: shardings(path, stack_shape(spec))
+        return lambda path, shape, stacked: shardings(path, shape)
     if mesh is None:
         raise UserError("shardings given as (regex, PartitionSpec) rules need a mesh")
     rules = shardings if isinstance(shardings, partition.Rules) else partition.Rules.of(shardings)
 
-    def by_rule(path: str, spec: TensorSpec) -> Sharding:
+    def by_rule(path: str, shape: tuple[int, ...], stacked: bool) -> Sharding:
         axes = rules.get(partition.expand(path)[0], PartitionSpec())
-        return NamedSharding(mesh, PartitionSpec(None, *axes) if spec.layers else axes)
+        return NamedSharding(mesh, PartitionSpec(None, *axes) if stacked else axes)
 
     return by_rule
 
@@ -153,18 +147,25 @@ def assemble(
     choose = sharding_of(shardings, mesh)
     flat = {}
     for spec in specs:
-        sharding = choose(stack_path(spec), spec)
-        shape = stack_shape(spec)
-        if sharding is None:
-            flat[stack_path(spec)] = jax.device_put(_block(source, spec, dtype, _everything(shape)))
-            continue
-        flat[stack_path(spec)] = _sharded(source, spec, dtype, shape, sharding)
+        for path, layers in spec.segments():
+            shape = leaf_shape(spec, layers)
+            sharding = choose(path, shape, spec.layers > 0)
+            if sharding is None:
+                block = _block(source, spec, dtype, layers, _everything(shape))
+                flat[path] = jax.device_put(block)
+            else:
+                flat[path] = _sharded(source, spec, dtype, layers, sharding)
     return nest(flat)
 
 
 def _sharded(
-    source: TensorSource, spec: TensorSpec, dtype: Any, shape: tuple[int, ...], sharding: Sharding
+    source: TensorSource,
+    spec: TensorSpec,
+    dtype: Any,
+    layers: tuple[int, int],
+    sharding: Sharding,
 ) -> jax.Array:
+    shape = leaf_shape(spec, layers)
     # Devices that hold the same slice (replicas) share one read.
     blocks: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
 
@@ -172,7 +173,7 @@ def _sharded(
         index = index if index is not None else _everything(shape)
         key = tuple(s.indices(n) for s, n in zip(index, shape, strict=True))
         if key not in blocks:
-            blocks[key] = _block(source, spec, dtype, tuple(slice(*k) for k in key))
+            blocks[key] = _block(source, spec, dtype, layers, tuple(slice(*k) for k in key))
         return blocks[key]
 
     return jax.make_array_from_callback(shape, sharding, fetch)
@@ -182,13 +183,15 @@ def _everything(shape: tuple[int, ...]) -> Index:
     return tuple(slice(0, n) for n in shape)
 
 
-def _block(source: TensorSource, spec: TensorSpec, dtype: Any, index: Index) -> np.ndarray:
-    """The slice `index` of the stacked leaf, as a NumPy array in `dtype`."""
-    layers, inner = (index[0], index[1:]) if spec.layers else (None, index)
+def _block(
+    source: TensorSource, spec: TensorSpec, dtype: Any, layers: tuple[int, int], index: Index
+) -> np.ndarray:
+    """The slice `index` of the leaf that holds `layers`, as a NumPy array in `dtype`."""
+    rows, inner = (index[0], index[1:]) if spec.layers else (None, index)
     theirs = _their_index(spec, inner)
-    if layers is None:
+    if rows is None:
         return np.ascontiguousarray(_ours(source.read(spec.name, theirs), spec), dtype=dtype)
-    numbers = range(*layers.indices(spec.layers))
+    numbers = range(*layers)[rows]
     sizes = [len(range(*s.indices(n))) for s, n in zip(inner, spec.our_shape, strict=True)]
     out = np.empty((len(numbers), *sizes), dtype)
     for at, layer in enumerate(numbers):

@@ -67,8 +67,9 @@ def test_init_tree_has_the_table_s_shapes(name: str) -> None:
     model = MODELS[name]
     expected = {}
     for spec in family_for(model.config.model_type).tensors(model.config):
-        stacked = (spec.layers, *spec.our_shape) if spec.layers else spec.our_shape
-        expected[spec.path.replace("layers/{i}", STACK)] = stacked
+        for path, (start, stop) in spec.segments():
+            rows = (stop - start,) if spec.layers else ()
+            expected[path] = (*rows, *spec.our_shape)
     assert {p: x.shape for p, x in partition.flatten(params_of(name)).items()} == expected
 
 
