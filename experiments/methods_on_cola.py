@@ -1,0 +1,105 @@
+"""Every method at one budget of trained parameters: CoLA, MiniLM-L6.
+
+    lora-jax table experiments/methods_on_cola.py --scale small --workdir runs/methods_on_cola
+
+`small`: 2,000 sentences of CoLA, three epochs, each method at the size whose number of trained
+parameters is closest to that of LoRA r=8 (`lora_jax.match_budget`; the new head trains whole in
+all, and counts), its learning rate the better of two on seed 0, then 3 seeds; paired intervals
+against head only and against LoRA. Methods that have no size stand at the one they have. No paper
+prints this table. `GLUE_DIR` names a folder with TFDS's glue.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import minilm
+
+from lora_jax import match_budget
+from lora_jax.plan.sketch import Sketch
+from lora_jax.sweeps import grid
+from lora_jax.tables import Row, Table, Trained
+
+# Learning rates by what is trained: products of factors, small vectors, activations, weights.
+FACTORS, VECTORS, ACTIVATIONS, WEIGHTS = (1e-3, 4e-3), (5e-3, 2e-2), (3e-3, 1e-2), (5e-5, 2e-4)
+METHODS: dict[str, minilm.Method] = {
+    "LoRA": ("lora", {"rank": 8, "alpha": 8.0}, FACTORS),
+    "head only": ("head_only", {}, (2e-3, 1e-2)),
+    "full fine-tuning": ("full", {}, WEIGHTS),
+    "BitFit": ("bitfit", {"train": ("(^|/)bias$", *minilm.HEAD)}, (2e-3, 8e-3)),
+    "FT-Top1": ("ft_top", {"layers": 1}, (2e-4, 1e-3)),
+    "Adapter H": ("adapter_h", {}, FACTORS),
+    "Adapter L": ("adapter_l", {}, FACTORS),
+    "Adapter P": ("adapter_p", {}, FACTORS),
+    "AdapterDrop": ("adapter_d", {"drop": 3}, FACTORS),
+    "PrefixEmbed": ("prefix_embedding", {}, ACTIVATIONS),
+    "PrefixLayer": ("prefix_layer", {}, ACTIVATIONS),
+    "LoRA+PrefixEmbed": ("lora_prefix_embedding", {}, FACTORS),
+    "LoRA+PrefixLayer": ("lora_prefix_layer", {}, FACTORS),
+    "Prefix-Tuning": ("prefix_tuning", {"hidden": 12}, ACTIVATIONS),
+    "Prompt Tuning": ("prompt_tuning", {}, (1e-2, 5e-2)),
+    "P-tuning v2": ("p_tuning_v2", {}, ACTIVATIONS),
+    "LoRA+": ("lora_plus", {}, (5e-4, 2e-3)),
+    "DoRA": ("dora", {}, FACTORS),
+    "PiSSA": ("pissa", {}, (2e-4, 1e-3)),
+    "OLoRA": ("olora", {}, (2e-4, 1e-3)),
+    "VeRA": ("vera", {"rank": 256}, VECTORS),
+    "IA3": ("ia3", {}, VECTORS),
+    "LoHa": ("loha", {}, FACTORS),
+    "LoKr": ("lokr", {}, FACTORS),
+    "AdaLoRA": ("adalora", {"target_rank": 5}, FACTORS),
+    "LoRA-FA": ("lora_fa", {}, FACTORS),
+    "LoRA-XS": ("lora_xs", {}, FACTORS),
+    "EVA": ("eva", {}, FACTORS),
+    "LoRA-GA": ("lora_ga", {}, FACTORS),
+    "ReLoRA": ("relora", {"every": 60, "warmup": 10}, FACTORS),
+    "GaLore": ("galore", {"train": (".*",), "rank": 32, "every": 50}, (2e-4, 1e-3)),
+    "subspace": ("subspace", {"targets": "^layers/"}, (1e-3, 1e-2)),
+}
+# Sizes that stand above. VeRA would need a rank many times its matrices' sides.
+FIXED = ("LoRA", "FT-Top1", "VeRA")
+NOTE = (
+    "trained parameters: as many as LoRA r=8 has, head included, as nearly as a method's size "
+    "allows; full fine-tuning, GaLore, FT-Top1, BitFit, IA3, VeRA and head only have what they have"
+)
+
+
+def table(scale: str) -> Table:
+    names = list(METHODS) if scale == "small" else ["LoRA", "Prompt Tuning"]
+    others = [name for name in names if name not in ("LoRA", "head only")]
+    return Table(
+        f"Every method at one budget, MiniLM-L6 on 2,000 sentences of CoLA, {scale}",
+        tuple(_row(name, scale) for name in names), seeds=minilm.seeds(scale),
+        claims=minilm.claims(
+            scale, ("LoRA", "head only"), *((name, "head only") for name in others),
+            *((name, "LoRA") for name in others),
+        ),
+        notes=(NOTE,), cost=minilm.cost({name: METHODS[name] for name in names}),
+    )  # fmt: skip
+
+
+def _row(name: str, scale: str) -> Row:
+    kind, fields, rates = METHODS[name]
+    work = _work((kind, _at_budget(name, kind, fields, rates), rates), scale)
+    return Row(f"MiniLM-L6 {name}", minilm.COLUMN, work)
+
+
+def _work(method: minilm.Method, scale: str) -> Trained:
+    return minilm.trained(method, scale, examples=2000, epochs=3)
+
+
+def _bench(method: minilm.Method) -> Sketch:
+    work = _work(method, "small")
+    return Sketch(grid.configured(work.config, work.overrides))
+
+
+def _at_budget(name: str, kind: str, fields: Mapping[str, Any], rates: Any) -> Mapping[str, Any]:
+    """The fields, with the size that has LoRA's number of parameters and alpha = rank."""
+    bench = _bench((kind, fields, rates))
+    method = bench.experiment.method
+    if name in FIXED or method.size_field is None:
+        return fields
+    reference = _bench(METHODS["LoRA"])
+    wanted = reference.experiment.method.count(reference.params).total
+    size = match_budget(method, bench.params, wanted)
+    scaled = {"alpha": float(size)} if hasattr(method, "alpha") else {}
+    return {**fields, method.size_field: size, **scaled}
