@@ -13,6 +13,13 @@ ARGUMENTS = {
     "glue.py": ["", "task=mnli", "task=stsb,start=runs/mnli/adapter,model=roberta-base"],
     "e2e.py": ["", "folder=data,model=gpt2"],
     "gpt3_175b.py": ["", "full"],
+    "mnist.py": ["", "net=lenet,dimension=290,projection=dense", "dimension=0,shuffle"],
+    "aghajanyan.py": [
+        "",
+        "method=did,random,embeddings=False",
+        "method=lora,dimension=4",
+        "method=full",
+    ],
 }
 
 

@@ -56,6 +56,7 @@ class Searched:
       fraction: of `full`, or of the gain.
       vary: what a seed sets besides `seed`.
       diverged: what a run without a metric counts as.
+      grid: tried on the first seed at the ladder's middle; the best of them is taken for all sizes.
       mode: of the sweep.
     """
 
@@ -71,11 +72,15 @@ class Searched:
     statistic: Statistic = "mean"
     vary: Sequence[str] = ("data.seed", "training.dropout_seed")
     diverged: float | None = None
+    grid: Sequence[Overrides] = ()
     mode: Any = "auto"
 
     def measure(self, folder: Path, seeds: Sequence[int], progress: bool) -> Measured:
         began = time.perf_counter()
-        experiment = grid.configured(self.config, self.overrides)
+        # Cells that differ in their target alone share their runs.
+        place = folder / self._place()
+        chosen = self._chosen(place, seeds, progress)
+        experiment = grid.configured(self.config, {**self.overrides, **chosen})
         task = experiment.data.task
         baselines = folder.parent / "baselines"
         full = (self.full,) if isinstance(self.full, float) else self._runs(
@@ -88,16 +93,14 @@ class Searched:
         search = Smallest(
             to_dict(experiment), self.size, self.ladder,
             [{"seed": s, **dict.fromkeys(self.vary, s)} for s in seeds],
-            self.metric, self.statistic, self.diverged, self.name,
+            metric=self.metric, statistic=self.statistic, diverged=self.diverged, name=self.name,
         )  # fmt: skip
-        # Cells that differ in their target alone share their runs.
-        place = folder / self._place()
         found = search.run(target, place, Options(mode=self.mode), progress)
         file = place / f"{self._target()}_{FILE}"
         found.save(file)
         spent = _spent(place, time.perf_counter() - began, len(found.runs))
         return Measured(
-            {}, _parameters(found), spent, reason=_reason(found.threshold, self.ladder),
+            {}, _parameters(found), spent, chosen, _reason(found.threshold, self.ladder),
             place=str(file), summary=_summary(found.threshold, len(seeds)),
             notes=(_note(found, self.head_only is not None, experiment.training),),
         )  # fmt: skip
@@ -106,14 +109,28 @@ class Searched:
         self, baseline: Baseline, folder: Path, seeds: Sequence[int], progress: bool
     ) -> tuple[float, ...]:
         vary = self.vary if baseline.vary is None else baseline.vary
-        work = Trained(self.config, self.metric, baseline.overrides, baseline.grid, vary)
+        work = Trained(
+            self.config, metric=self.metric, overrides=baseline.overrides, grid=baseline.grid,
+            vary=vary,
+        )  # fmt: skip
         values = work.measure(folder, seeds, progress).values
         if not values:
             raise UserError(f"no run of the baseline in {folder} ended with a metric")
         return tuple(values.values())
 
     def _place(self) -> str:
-        return _hash([self.config, dict(self.overrides), self.size, list(self.vary)])
+        tried = [dict(one) for one in self.grid]
+        return _hash([self.config, dict(self.overrides), self.size, list(self.vary), tried])
+
+    def _chosen(self, place: Path, seeds: Sequence[int], progress: bool) -> Overrides:
+        if len(self.grid) < 2:
+            return self.grid[0] if self.grid else {}
+        middle = round(math.sqrt(self.ladder.low * self.ladder.high))
+        overrides = {**self.overrides, self.size: middle}
+        work = Trained(
+            self.config, metric=self.metric, overrides=overrides, grid=self.grid, vary=self.vary
+        )
+        return work.measure(place / "grid", seeds[:1], progress).chosen
 
     def _target(self) -> str:
         full = self.full if isinstance(self.full, float) else dict(self.full.overrides)
@@ -145,7 +162,10 @@ def _note(found: Found, gain: bool, training: Any) -> str:
     t = found.target
     full = f"{sum(t.full) / len(t.full):.4g}"
     of = f"the gain from {sum(t.head_only) / len(t.head_only):.4g} to {full}" if gain else full
-    text = f"{found.name}: the target is {t.value:.4g}, {t.fraction:g} of {of}"
+    text = (
+        f"{found.name}, with its 95 % bootstrap interval over seeds: the target is {t.value:.4g}, "
+        f"{t.fraction:g} of {of}"
+    )
     if not training.patience:
         return f"{text}; every run has {training.steps} updates"
     return (

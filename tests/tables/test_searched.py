@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lora_jax import tables
-from lora_jax.sweeps import smallest
+from lora_jax.sweeps import grid, smallest
 from lora_jax.sweeps.ladder import Ladder
 from lora_jax.tables import Baseline, Searched, render
 
@@ -68,13 +68,17 @@ def test_a_table_of_thresholds(config: str, tmp_path: Path) -> None:
 
 
 def test_what_no_size_reaches_says_so(config: str, tmp_path: Path) -> None:
-    work = Searched(config, Ladder(1, 2, points=2), 5.0, vary=("data.seed",))
+    rates = [{"optimizer.learning_rate": rate} for rate in (0.0, 0.1)]
+    work = Searched(config, Ladder(1, 2, points=2), 5.0, vary=("data.seed",), grid=rates)
     row = tables.Row("MLP", "d90", work)
     filled = tables.run(tables.Table("T", (row,), seeds=1), "small", tmp_path / "t", progress=False)
     cells = filled.frame().iloc[0]
     assert cells["seeds"] == 0 and "not reached: the largest size run is 2" in (
         filled.lines[0].measured.reason
     )
+    assert filled.lines[0].measured.chosen == rates[1]
+    found = smallest.load(Path(filled.lines[0].measured.place))
+    assert found.threshold.target == 4.5
 
 
 def test_li_table1_at_smoke_scale(tiny_mnist: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -90,3 +94,22 @@ def test_li_table1_at_smoke_scale(tiny_mnist: Path, tmp_path: Path, monkeypatch:
     assert paths[-1].name == "li_table1_FC.png"
     small = tables.load(spec, "small")
     assert [r.published.look_up().value for r in small.rows if r.published] == [750] * 3 + [290] * 3
+
+
+def test_aghajanyan_table1_beside_the_published_numbers() -> None:
+    spec = str(Path(__file__).parents[2] / "experiments" / "aghajanyan_table1.py")
+    rows = {(r.row, r.metric): r for r in tables.load(spec, "paper").rows}
+    cited = rows["RoBERTa-Large SAID, MRPC", "d90"].published
+    assert cited is not None and cited.look_up().value == 207
+    assert rows["RoBERTa-Base DID, QQP", "d90"].published.look_up().value == 1389
+    assert rows["RoBERTa-Base DID, QQP", "d90 of the gain"].published is None
+    small = {r.row: r.work for r in tables.load(spec, "small").rows}
+    assert len(small) == 10  # two tasks x two starts x two methods, and LoRA of each task
+    for name, work in small.items():
+        found = grid.configured(work.config, {**work.overrides, work.size: 100})
+        assert (found.model.init_seed is None) == ("random" not in name)
+        assert found.data.task.name == ("cola" if "CoLA" in name else "sst2")
+        if "LoRA" not in name:
+            assert found.method.scope == "tensor" and found.training.patience == 2
+            assert found.method.scales == ("layer" if "SAID" in name else "none")
+            assert not any("embed" in p for p in found.method.targets)
