@@ -2,129 +2,248 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-RATE, RANK, TARGETS = "optimizer.learning_rate", "method.rank", "method.targets"
+from lora_jax.sweeps import fields as of
+from lora_jax.sweeps.fields import RANK, RATE, TARGETS
+
+LINES = 8
+"""More lines than this in one plot cannot be told apart."""
+BARS = "bars: standard deviation over seeds"
 
 
-def varied(frame: pd.DataFrame, keys: Sequence[str]) -> list[str]:
-    """The fields that take more than one value; seeds are repetitions, not fields."""
-    return [
-        k
-        for k in keys
-        if not k.rsplit(".", 1)[-1].endswith("seed") and frame[k].nunique(dropna=False) > 1
-    ]
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """A PNG file, and what it shows."""
+
+    path: Path
+    caption: str
 
 
-def draw(
-    frame: pd.DataFrame, keys: Sequence[str], metric: str, higher_is_better: bool, folder: Path
-) -> list[Path]:
-    """PNG files of the members that finished; none where the metric is not there."""
-    import matplotlib
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A sweep's finished members and what was varied among them.
 
-    matplotlib.use("Agg")
-    if metric not in frame or frame[metric].dropna().empty:
+    Attributes:
+      frame: of `report.table`, words in place of None and other values that do not sort.
+      keys: fields that the sweep set.
+      metric: the column that is compared.
+    """
+
+    frame: pd.DataFrame
+    keys: Sequence[str]
+    metric: str
+    higher: bool
+
+    @classmethod
+    def of(cls, frame: pd.DataFrame, keys: Sequence[str], metric: str, higher: bool) -> Table:
+        done = of.finished(frame, metric)
+        # None among words (no quantisation, "nf4") is a word too: it has to sort with them.
+        words = [k for k in keys if k in done and not pd.api.types.is_numeric_dtype(done[k])]
+        return cls(done.assign(**{k: done[k].map(str) for k in words}), keys, metric, higher)
+
+    @property
+    def fields(self) -> list[str]:
+        return of.varied(self.frame, self.keys)
+
+    @property
+    def free(self) -> list[str]:
+        """One of each group of fields that vary together."""
+        return list(of.groups(self.frame, self.fields))
+
+    def settings(self, fields: Sequence[str] | None = None) -> pd.DataFrame:
+        chosen = self.free if fields is None else fields
+        return of.settings(self.frame, chosen, self.metric, self.higher)
+
+
+def draw(table: Table, folder: Path) -> list[Plot]:
+    """PNG files of the members that finished; none where there are none."""
+    if table.frame.empty:
         return []
-    done = frame[frame["status"] == "finished"] if "status" in frame else frame
-    fields = varied(done, keys)
-    # None among words (no quantisation, "nf4") is a word too: it has to sort with them.
-    words = [k for k in fields if not pd.api.types.is_numeric_dtype(done[k])]
-    done = done.assign(**{k: done[k].map(str) for k in words})
-    paths = [_over(done, key, fields, metric, folder) for key in fields]
-    numbers = [k for k in (RANK, RATE) if k in fields and _positive(done[k])]
-    if numbers == [RANK, RATE]:
-        paths.append(_best_rate(done, metric, higher_is_better, folder))
-    if TARGETS in fields:
-        paths.append(_ranked(done, metric, higher_is_better, folder))
-    if "trainable_params" in done and done["trainable_params"].nunique() > 1:
-        paths.append(_parameters(done, fields, metric, folder))
-    return paths
+    found = [_over(table, key, folder) for key in table.fields]
+    if {RANK, RATE} <= set(table.free) and all(_positive(table.frame[k]) for k in (RANK, RATE)):
+        found.append(_best_rate(table, folder))
+    if TARGETS in table.fields:
+        found.append(_ranked(table, folder))
+    if "trainable_params" in table.frame and table.frame["trainable_params"].nunique() > 1:
+        found.append(_parameters(table, folder))
+    return found
 
 
-def _over(frame: pd.DataFrame, key: str, fields: Sequence[str], metric: str, folder: Path) -> Path:
-    """The metric over one field, a line for each combination of the others."""
-    figure, axes = _figure()
-    others = [k for k in fields if k != key]
-    groups = frame.groupby(others, dropna=False, sort=True) if others else [((), frame)]
-    for name, part in groups:
-        stats = part.groupby(key, sort=True, dropna=False)[metric].agg(["mean", "std"])
-        words = not pd.api.types.is_numeric_dtype(stats.index)
+def _over(table: Table, key: str, folder: Path) -> Plot:
+    """The metric over one field, a line for each combination of those that do not follow from it.
+
+    Where these are too many lines, only the field that matters most beside `key` is told apart.
+    """
+    rest = of.others(table.frame, [k for k in table.free if k != key], key)
+    stats, kept = table.settings([key, *rest]), rest
+    if rest and len(stats[rest].drop_duplicates()) > LINES:
+        first = (RANK, TARGETS) if key == RATE else (RATE, RANK, TARGETS)
+        kept = next(([k] for k in first if k in rest), [])
+        if kept and len(stats[kept].drop_duplicates()) > LINES:
+            kept = []
+    stats = of.best_over_others(stats, [*kept, key])
+    figure, axes = new_figure()
+    words = not pd.api.types.is_numeric_dtype(stats[key])
+    places = {value: at for at, value in enumerate(sorted(stats[key].unique()))}
+    colours = shades(len(stats[kept].drop_duplicates()) if kept else 1)
+    lines = stats.groupby(kept, sort=True) if kept else [((), stats)]
+    for colour, (_, line) in zip(colours, lines, strict=True):
         axes.errorbar(
-            range(len(stats)) if words else stats.index,
-            stats["mean"], stats["std"].fillna(0.0), label=_label(others, name), marker="o",
-            capsize=3,
+            line[key].map(places) if words else line[key], line["mean"], line["std"].fillna(0.0),
+            label=of.label(kept, line.iloc[0]), marker="o", capsize=3, color=colour,
         )  # fmt: skip
-        if words:
-            axes.set_xticks(range(len(stats)), [str(x) for x in stats.index], rotation=20)
-    if _positive(frame[key]):
-        axes.set_xscale("log")
-    axes.set(xlabel=key, ylabel=metric)
-    if others:
+    if words:
+        axes.set_xticks(range(len(places)), [_cut(x) for x in places], rotation=20, ha="right")
+    elif _positive(stats[key]):
+        log_axis(axes, stats[key])
+    axes.set(xlabel=key, ylabel=table.metric)
+    if kept:
+        legend_below(figure, [axes])
+    left = [k for k in rest if k not in kept]
+    caption = f"{table.metric} over {key}; {BARS}"
+    if left:
+        caption += f"; each point at the best {' and '.join(left)}"
+    return save(figure, folder, f"{table.metric}_over_{key.replace('.', '_')}", caption)
+
+
+def _best_rate(table: Table, folder: Path) -> Plot:
+    """The learning rate that is best at each rank, in the mean over seeds and for each seed."""
+    figure, axes = new_figure()
+    best = of.best_over_others(table.settings(), [RANK])
+    seeds = [k for k in table.keys if of.is_seed(k) and table.frame[k].nunique() > 1]
+    parts = [part for _, part in table.frame.groupby(seeds)] if seeds else []
+    for at, part in enumerate(parts):
+        own = dataclasses.replace(table, frame=part).settings(table.free)
+        one = of.best_over_others(own, [RANK])
+        x = one[RANK] * 1.06 ** (at - (len(parts) - 1) / 2)  # beside each other
+        axes.scatter(x, one[RATE], s=14, color="grey", label="each seed" if at == 0 else None)
+    axes.plot(best[RANK], best[RATE], marker="o", label="mean over seeds")
+    axes.set(xlabel=RANK, ylabel=f"best {RATE}")
+    log_axis(axes, best[RANK])
+    axes.set_yscale("log")
+    ticks_at(axes.yaxis, table.frame[RATE])
+    axes.set_ylim(table.frame[RATE].min() / 1.5, table.frame[RATE].max() * 1.5)
+    if seeds:
         axes.legend(fontsize="x-small")
-    return _save(figure, folder, f"{metric}_over_{key.replace('.', '_')}")
+    caption = f"the {RATE} with the best {table.metric} at each rank, other fields at their best"
+    return save(figure, folder, "best_rate_per_rank", caption)
 
 
-def _best_rate(frame: pd.DataFrame, metric: str, higher: bool, folder: Path) -> Path:
-    """The learning rate that is best at each rank, all else averaged."""
-    figure, axes = _figure()
-    means = frame.groupby([RANK, RATE])[metric].mean().unstack()
-    best = means.idxmax(axis=1) if higher else means.idxmin(axis=1)
-    axes.plot(best.index, best.to_numpy(), marker="o")
-    axes.set(xlabel=RANK, ylabel=f"best {RATE}", xscale="log", yscale="log")
-    axes.set_ylim(frame[RATE].min() / 1.5, frame[RATE].max() * 1.5)
-    return _save(figure, folder, "best_rate_per_rank")
-
-
-def _ranked(frame: pd.DataFrame, metric: str, higher: bool, folder: Path) -> Path:
-    """Targets in order: the best number that each reaches at any setting, seeds averaged."""
-    figure, axes = _figure()
-    settings = [k for k in frame.columns if k in (RANK, RATE, "method.alpha", TARGETS)]
-    means = frame.groupby(settings, dropna=False)[metric].mean().reset_index()
-    best = means.groupby(TARGETS)[metric]
-    order = (best.max() if higher else best.min()).sort_values(ascending=higher)
-    axes.barh([str(x) for x in order.index], order.to_numpy())
-    low, high = order.min(), order.max()
+def _ranked(table: Table, folder: Path) -> Plot:
+    """Targets in order: the best that each reaches at any setting."""
+    fields = [TARGETS, *(k for k in table.free if k != TARGETS)]
+    best = of.best_over_others(table.settings(fields), [TARGETS])
+    best = best.sort_values("mean", ascending=table.higher)
+    figure, axes = new_figure()
+    names = [_cut(x) for x in best[TARGETS]]
+    axes.barh(names, best["mean"], xerr=best["std"].fillna(0.0), capsize=3)
+    low, high = best["mean"].min(), best["mean"].max()
     if high > low:
-        axes.set_xlim(low - 0.3 * (high - low), high + 0.1 * (high - low))
-    axes.set(xlabel=f"best {metric}")
-    return _save(figure, folder, "targets_ranked")
+        axes.set_xlim(low - 0.3 * (high - low), high + 0.3 * (high - low))
+    axes.set(xlabel=f"best {table.metric}")
+    caption = f"targets in order of the best {table.metric} that they reach; {BARS}"
+    return save(figure, folder, "targets_ranked", caption)
 
 
-def _parameters(frame: pd.DataFrame, fields: Sequence[str], metric: str, folder: Path) -> Path:
-    figure, axes = _figure()
-    groups = [k for k in ("method.kind", TARGETS) if k in fields]
-    parts = frame.groupby(groups) if groups else [((), frame)]
-    for name, part in parts:
-        axes.scatter(part["trainable_params"], part[metric], label=_label(groups, name), s=18)
-    axes.set(xlabel="trainable parameters", ylabel=metric, xscale="log")
-    if groups:
-        axes.legend(fontsize="x-small")
-    return _save(figure, folder, f"{metric}_over_parameters")
+def _parameters(table: Table, folder: Path) -> Plot:
+    figure, axes = new_figure()
+    split = next((k for k in ("method.kind", TARGETS, RATE) if k in table.fields), None)
+    parts = list(table.frame.groupby(split)) if split else [("", table.frame)]
+    for colour, (name, part) in zip(shades(len(parts)), parts, strict=True):
+        axes.scatter(
+            part["trainable_params"], part[table.metric], label=_cut(of.short(name)), s=18,
+            color=colour,
+        )  # fmt: skip
+    axes.set(xlabel="trainable parameters", ylabel=table.metric, xscale="log")
+    if split:
+        axes.legend(fontsize="x-small", title=split, title_fontsize="x-small")
+    caption = f"{table.metric} over trainable parameters, a point a member"
+    return save(figure, folder, f"{table.metric}_over_parameters", caption)
+
+
+def differences(gaps: pd.DataFrame, metric: str, folder: Path) -> list[Plot]:
+    """Paired differences (`report.differences`) with their intervals; none without any."""
+    if gaps.empty:
+        return []
+    figure, axes = new_figure(height=1.2 + 0.32 * len(gaps), width=7.0)
+    names = [
+        f"{row['field'].rsplit('.', 1)[-1]}: {_cut(of.short(row['value']))} − "
+        f"{_cut(of.short(row['against']))}"
+        for _, row in gaps.iterrows()
+    ]
+    places = list(range(len(gaps)))[::-1]
+    errors = [gaps["difference"] - gaps["low"], gaps["high"] - gaps["difference"]]
+    errors = [side.fillna(0.0) for side in errors]
+    axes.errorbar(gaps["difference"], places, xerr=errors, fmt="o", capsize=3)
+    axes.axvline(0.0, color="grey", lw=0.8)
+    axes.set_yticks(places, names, fontsize="small")
+    axes.set(xlabel=f"difference of {metric}")
+    caption = "paired differences from the best value of each field, with 95 % intervals"
+    return [save(figure, folder, "paired_differences", caption)]
+
+
+# What all plots of a sweep share.
 
 
 def _positive(column: pd.Series) -> bool:
     return pd.api.types.is_numeric_dtype(column) and bool(column.min() > 0)
 
 
-def _label(keys: Sequence[str], name: Any) -> str | None:
-    values = name if isinstance(name, tuple) else (name,)
-    return ", ".join(f"{k.split('.')[-1]}={v}" for k, v in zip(keys, values, strict=True)) or None
+def log_axis(axes: Any, values: pd.Series) -> None:
+    """A logarithmic x axis with a tick at each value."""
+    axes.set_xscale("log")
+    ticks_at(axes.xaxis, values)
 
 
-def _figure() -> tuple[Any, Any]:
-    from matplotlib import pyplot
+def ticks_at(axis: Any, values: pd.Series) -> None:
+    """Ticks of a logarithmic axis at the values themselves, where they are few."""
+    few = sorted(set(values))
+    if len(few) <= 10:
+        axis.set_ticks(few, [f"{x:.3g}" for x in few], minor=False)
+        axis.set_ticks([], minor=True)
 
-    return pyplot.subplots(figsize=(6, 4), layout="constrained")
+
+def legend_below(figure: Any, panels: Sequence[Any]) -> None:
+    """What lines are, below the figure, where it hides none of them; in as many columns as fit."""
+    found: dict[str, Any] = {}
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    room = int(13 * figure.get_figwidth())  # characters of this size, with a symbol before each
+    ncols = max(1, min(len(found), room // (8 + max(map(len, found)))))
+    figure.legend(
+        found.values(), found, loc="outside lower center", ncols=ncols, fontsize="x-small"
+    )
 
 
-def _save(figure: Any, folder: Path, name: str) -> Path:
-    from matplotlib import pyplot
+def shades(count: int) -> list[Any]:
+    """Colours in order, from dark to light."""
+    from matplotlib import colormaps
 
+    return [colormaps["viridis"](0.9 * at / max(count - 1, 1)) for at in range(count)]
+
+
+def _cut(text: Any, width: int = 34) -> str:
+    text = str(text)
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def new_figure(height: float = 4.0, width: float = 6.0, panels: int = 1) -> Any:
+    """(figure, axes), or with several panels side by side (figure, [axes])."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, panels, sharey=True)
+    return figure, axes
+
+
+def save(figure: Any, folder: Path, name: str, caption: str) -> Plot:
     path = folder / f"{name}.png"
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return path
+    return Plot(path, caption)

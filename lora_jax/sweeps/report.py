@@ -14,10 +14,12 @@ import pandas as pd
 
 from lora_jax import statistics
 from lora_jax.runs import RESULT
-from lora_jax.sweeps import plots
+from lora_jax.sweeps import fields, plots, update_plots
 from lora_jax.sweeps.grid import Member
 
 CSV = "results.csv"
+SHOWN = 10
+"""Best settings on the page."""
 
 
 def table(members: Iterable[Member], folder: Path) -> pd.DataFrame:
@@ -60,13 +62,15 @@ def differences(
 ) -> pd.DataFrame:
     """Each value of a varied field against the best one, over members alike in all other fields.
 
+    Fields that vary together (alpha = 2·rank) are one, under the first one's name.
+
     Columns: field, value, against, difference (value - against), low, high (95 % interval of the
     mean), pairs. Members that did not finish are in no pair.
     """
-    done = frame[frame["status"] == "finished"] if "status" in frame else frame
+    done = fields.finished(frame, metric)
     rows = []
-    for key in plots.varied(done, keys):
-        others = [k for k in keys if k != key]
+    for key in fields.groups(done, fields.varied(done, keys)):
+        others = fields.others(done, keys, key)
         by_value: dict[Any, dict[int, float]] = {}
         places: dict[str, int] = {}
         for _, row in done.iterrows():
@@ -84,38 +88,108 @@ def differences(
     return pd.DataFrame(rows, columns=names)
 
 
-def write_html(
+def write(
+    frame: pd.DataFrame,
+    made: pd.DataFrame,
+    keys: Sequence[str],
+    metric: str,
+    higher: bool,
+    summary: Mapping[str, Any],
+    folder: Path,
+) -> Path:
+    """The plots and `report.html`, from the table and from the updates (`updates.updates`)."""
+    table = plots.Table.of(frame, keys, metric, higher)
+    gaps = differences(frame, keys, metric, higher)
+    drawn = [
+        *plots.draw(table, folder),
+        *plots.differences(gaps, metric, folder),
+        *update_plots.draw(table, made, folder),
+    ]
+    best = table.settings().head(SHOWN) if len(table.frame) else pd.DataFrame()
+    path = folder / "report.html"
+    part = path.with_suffix(".part")
+    part.write_text(_page(frame, gaps, best, drawn, metric, summary), encoding="utf-8")
+    part.replace(path)
+    return path
+
+
+_STYLE = """
+body{font-family:system-ui,sans-serif;margin:2em auto;max-width:76em;padding:0 1.5em;color:#222}
+table{border-collapse:collapse;font-size:.85em}
+.wide{overflow-x:auto}
+td,th{border-bottom:1px solid #ddd;padding:.25em .7em;text-align:right;white-space:nowrap}
+thead th{border-bottom:2px solid #888}
+.facts th{text-align:left}
+.plots{display:flex;flex-wrap:wrap;gap:1.5em}
+figure{margin:0;max-width:100%}
+img{max-width:100%;height:auto}
+img.narrow{width:36em}img.broad{width:54em}
+figcaption{color:#555;font-size:.85em;max-width:42em}
+"""
+_FACTS = ("members", "packs", "programs_compiled", "modes", "update_seconds", "seconds", "device")
+
+
+def _page(
     frame: pd.DataFrame,
     gaps: pd.DataFrame,
-    images: Sequence[Path],
+    best: pd.DataFrame,
+    drawn: Sequence[plots.Plot],
+    metric: str,
     summary: Mapping[str, Any],
-    path: Path,
-) -> None:
-    """One page: the summary, the table, paired differences, and the plots inside it."""
-    facts = "".join(
-        f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>"
-        for k, v in summary.items()
-    )
-    shown = "".join(
-        f'<figure><img alt="{html.escape(p.stem)}" src="data:image/png;base64,{_encoded(p)}">'
-        f"<figcaption>{html.escape(p.stem.replace('_', ' '))}</figcaption></figure>"
-        for p in images
-    )
-    pairs = gaps.to_html(index=False, float_format=_number) if len(gaps) else "<p>None.</p>"
-    page = (
-        "<!doctype html><html lang='en'><meta charset='utf-8'><title>sweep</title>"
-        "<style>body{font-family:sans-serif;margin:2em}table{border-collapse:collapse}"
-        "td,th{border:1px solid #ccc;padding:.2em .6em;text-align:right}"
-        "img{max-width:45em}figure{display:inline-block;margin:1em}</style>"
-        f"<h1>Sweep</h1><table>{facts}</table>"
-        f"<h2>Members</h2>{frame.to_html(index=False, float_format=_number)}"
+) -> str:
+    first = {k: summary[k] for k in _FACTS if k in summary}
+    rest = {k: v for k, v in summary.items() if k not in first}
+    shown = "".join(_figure(x) for x in drawn)
+    parts = [
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>sweep</title>"
+        f"<style>{_STYLE}</style></head><body><h1>Sweep</h1>{_facts(first)}",
+        f"<h2>Best settings</h2><p>{html.escape(metric)} over the members of a setting, which "
+        f"differ in seeds.</p>{_table(best)}",
+        f"<h2>Plots</h2><div class='plots'>{shown}</div>" if shown else "",
         "<h2>Paired differences</h2><p>Each value against the best of its field, over members that "
-        "are alike in all other fields; 95 % intervals of the mean.</p>"
-        f"{pairs}<h2>Plots</h2>{shown}</html>"
+        f"are alike in all other fields; 95 % intervals of the mean.</p>{_table(gaps)}",
+        f"<h2>Members</h2>{_table(frame)}",
+        f"<details><summary>Environment</summary>{_facts(rest)}</details></body></html>",
+    ]
+    return "".join(parts)
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><th>{html.escape(name.replace('_', ' '))}</th>"
+        f"<td>{html.escape(_fact(value))}</td></tr>"
+        for name, value in facts.items()
     )
-    part = path.with_suffix(".part")
-    part.write_text(page, encoding="utf-8")
-    part.replace(path)
+    return f"<table class='facts'>{rows}</table>"
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.1f}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {v}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return str(value)
+
+
+def _table(frame: pd.DataFrame) -> str:
+    if frame.empty:
+        return "<p>None.</p>"
+    text = frame.to_html(index=False, float_format=_number, na_rep="–", border=0)
+    return f"<div class='wide'>{text}</div>"
+
+
+def _figure(plot: plots.Plot) -> str:
+    from matplotlib.image import imread
+
+    height, width = imread(plot.path).shape[:2]
+    kind = "broad" if width > 1.8 * height else "narrow"
+    return (
+        f'<figure><img class="{kind}" alt="{html.escape(plot.path.stem)}" '
+        f'src="data:image/png;base64,{_encoded(plot.path)}">'
+        f"<figcaption>{html.escape(plot.caption)}</figcaption></figure>"
+    )
 
 
 def _encoded(path: Path) -> str:

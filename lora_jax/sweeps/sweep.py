@@ -1,8 +1,9 @@
 """A sweep from a config file to a table: grid, packs, one program each, results.
 
 The workdir holds `sweep.json` (what was asked), `members/<name>/` (each an ordinary workdir),
-`results.csv` (grows as members finish), plots, `report.html`, and `result.json` at the end. The
-same command continues an interrupted sweep; a larger grid in the same workdir runs what is new.
+`results.csv` (grows as members finish), `updates.csv` (size and spectrum of every update, see
+`training.spectra`), plots, `report.html`, and `result.json` at the end. The same command continues
+an interrupted sweep; a larger grid in the same workdir runs what is new.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from lora_jax.errors import UserError
 from lora_jax.experiment import from_dict, to_dict
 from lora_jax.plan import device_bytes, device_memory
 from lora_jax.runs import RESULT, begin, environment, evaluate_base, write_json
-from lora_jax.sweeps import grid, pack, planner, plots, report, search
+from lora_jax.sweeps import grid, pack, planner, report, search, updates
 from lora_jax.sweeps.grid import Member
 from lora_jax.sweeps.train import Done, Trainer
 from lora_jax.workbench import Workbench
@@ -321,11 +322,10 @@ class Sweep:
         frame = report.table(self.members, self.folder)
         report.write_csv(frame, self.workdir / report.CSV)
         metric, higher = self.task.principal, self.task.higher_is_better
-        images = plots.draw(frame, self.keys, metric, higher, self.workdir)
-        gaps = (
-            report.differences(frame, self.keys, metric, higher) if metric in frame else frame[:0]
-        )
-        report.write_html(frame, gaps, images, result, self.workdir / "report.html")
+        made = updates.updates(self.members, self.folder)
+        if not made.empty:
+            report.write_csv(made, self.workdir / updates.CSV)
+        report.write(frame, made, self.keys, metric, higher, result, self.workdir)
         write_json(self.workdir / RESULT, result)
         print(frame.to_string(index=False))
         return result

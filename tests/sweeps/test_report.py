@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
-from lora_jax.sweeps import plots, report
+from lora_jax.sweeps import fields, plots, report, update_plots, updates
+from lora_jax.sweeps.fields import ALPHA, RANK, RATE, TARGETS
 
-RANK, RATE, TARGETS, SEED = "method.rank", "optimizer.learning_rate", "method.targets", "seed"
+SEED = "seed"
 KEYS = [RANK, RATE, SEED, TARGETS]
 
 
@@ -41,25 +44,122 @@ def test_paired_differences_do_not_see_what_seeds_and_other_fields_do() -> None:
     assert other.loc[RANK, "against"] == 1
 
 
+def test_fields_that_vary_together_are_one() -> None:
+    """alpha = 2·rank: ranks are compared all the same, and alpha does not tell the same again."""
+    coupled = frame().assign(**{ALPHA: lambda x: 2.0 * x[RANK]})
+    gaps = report.differences(coupled, [ALPHA, *KEYS], "error", False).set_index("field")
+    assert set(gaps.index) == {RANK, RATE, TARGETS}
+    assert gaps.loc[RANK, "pairs"] == 8 and gaps.loc[RANK, "difference"] == pytest.approx(0.2)
+    assert fields.groups(coupled, [ALPHA, RANK, RATE]) == {RANK: [RANK, ALPHA], RATE: [RATE]}
+
+
+def test_settings_are_ordered_and_seeds_are_repetitions() -> None:
+    table = plots.Table.of(frame(), KEYS, "error", False)
+    best = table.settings()
+    assert len(best) == 8 and set(best["members"]) == {2}
+    first = best.iloc[0]
+    assert (first[RANK], first[RATE], first[TARGETS]) == (4, 1e-2, "all")
+    assert first["mean"] == pytest.approx(0.4) and first["std"] == pytest.approx(0.2 / 2**0.5)
+    over = fields.best_over_others(best, [RANK])
+    assert over[RANK].tolist() == [1, 4] and over["mean"].tolist() == pytest.approx([0.6, 0.4])
+
+
+def made(table: pd.DataFrame) -> pd.DataFrame:
+    """Updates of two modules in two layers; those of one member are missing."""
+    rows = []
+    for _, row in table.iloc[1:].iterrows():
+        for layer, module in itertools.product((0, 1), ("attention/query", "mlp/up")):
+            size = row[RATE] * (layer + 1)
+            rows.append(
+                {"member": row["member"], "layer": layer, "module": module, "rank": row[RANK],
+                 "scale": 2.0, "norm": size, "relative_norm": size / 3, "stable_rank": 1.0,
+                 "effective_rank": 1.0,
+                 "singular_values": [size / k for k in range(1, row[RANK] + 1)]}
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+OF_METRIC = {
+    "error_over_method_rank", "error_over_optimizer_learning_rate", "error_over_method_targets",
+    "best_rate_per_rank", "targets_ranked", "error_over_parameters", "paired_differences",
+}  # fmt: skip
+OF_UPDATES = {"update_size", "rank_used", "update_size_per_layer", "update_spectra"}
+
+
 def test_the_page_holds_its_plots(tmp_path: Path) -> None:
-    images = plots.draw(frame(), KEYS, "error", False, tmp_path)
-    assert {p.stem for p in images} == {
-        "error_over_method_rank", "error_over_optimizer_learning_rate", "error_over_method_targets",
-        "best_rate_per_rank", "targets_ranked", "error_over_parameters",
-    }  # fmt: skip
-    gaps = report.differences(frame(), KEYS, "error", False)
-    report.write_html(frame(), gaps, images, {"members": "<17>"}, tmp_path / "report.html")
-    page = (tmp_path / "report.html").read_text()
+    summary = {"members": "<17>", "versions": {"jax": "1"}}
+    path = report.write(frame(), made(frame()), KEYS, "error", False, summary, tmp_path)
+    images = {p.stem for p in tmp_path.glob("*.png")}
+    assert images == OF_METRIC | OF_UPDATES
+    page = path.read_text()
     assert page.count("data:image/png;base64,") == len(images) and "&lt;17&gt;" in page
     assert not re.search(r"""(src|href)=["'](?!data:)""", page)
+
+
+def test_what_a_plot_of_updates_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = {}
+    monkeypatch.setattr(
+        plots, "save", lambda figure, folder, name, text: shown.update({name: figure})
+    )
+    table = plots.Table.of(frame(), KEYS, "error", False)
+    update_plots.draw(table, made(frame()), tmp_path)
+    _, sizes = shown["update_size"].axes
+    points = sorted(x for c in sizes.collections for x, _ in c.get_offsets())
+    assert len(points) == 15 and points[0] == pytest.approx(1.5e-3 / 3)  # one member has none
+    panels = shown["update_size_per_layer"].axes
+    assert len(panels) == 3 and "error 0.3" in panels[0].get_title(loc="left")
+    assert {tuple(line.get_ydata()) for line in panels[0].lines} == {(1e-2 / 3, 2e-2 / 3)}
+    spectrum = shown["update_spectra"].axes[0].lines[0]
+    assert spectrum.get_ydata()[1] == pytest.approx(0.75e-2)  # halfway between the two layers
+    assert update_plots.draw(table, pd.DataFrame(), tmp_path) == []
+
+
+def test_many_lines_are_the_best_of_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = {}
+    monkeypatch.setattr(
+        plots, "save", lambda figure, folder, name, text: shown.update({name: (figure, text)})
+    )
+    rows = [
+        {"member": f"{rank}{rate}{d}", RANK: rank, RATE: rate, "method.dropout": d,
+         "error": d + rate}
+        for rank, rate, d in itertools.product((1, 2, 4), (1e-3, 1e-2, 1e-1), (0.1, 0.2, 0.3))
+    ]  # fmt: skip
+    plots.draw(
+        plots.Table.of(pd.DataFrame(rows), [RANK, RATE, "method.dropout"], "error", False), tmp_path
+    )
+    figure, text = shown["error_over_method_rank"]
+    lines = [c.lines[0] for c in figure.axes[0].containers]
+    assert len(lines) == 3 and "at the best method.dropout" in text
+    assert lines[0].get_ydata().tolist() == pytest.approx([0.101] * 3)
 
 
 def test_none_is_a_value_among_words(tmp_path: Path) -> None:
     rows = [{"model.quantize": q, "error": e, "status": "finished"} for q, e in
             ((None, 0.1), ("nf4", 0.3), ("int8", 0.2))]  # fmt: skip
-    assert plots.draw(pd.DataFrame(rows), ["model.quantize"], "error", False, tmp_path)
+    table = plots.Table.of(pd.DataFrame(rows), ["model.quantize"], "error", False)
+    assert plots.draw(table, tmp_path)
 
 
 def test_a_sweep_without_the_metric_draws_nothing(tmp_path: Path) -> None:
     nothing = frame().drop(columns="error")
-    assert plots.draw(nothing, KEYS, "error", False, tmp_path) == []
+    report.write(nothing, made(frame()), KEYS, "error", False, {}, tmp_path)
+    assert not list(tmp_path.glob("*.png")) and (tmp_path / "report.html").exists()
+
+
+def test_updates_are_those_of_the_evaluation_that_was_kept(tmp_path: Path) -> None:
+    row = {"path": "layers/1/mlp/up", "rank": 1, "scale": 2.0, "singular_values": [1.0]}
+    numbers = ("norm", "relative_norm", "stable_rank", "effective_rank")
+    for keep, name in (("best", "a"), ("last", "b")):
+        (tmp_path / name).mkdir()
+        result = {"best_step": 2, "config": {"training": {"keep": keep}}}
+        (tmp_path / name / "result.json").write_text(json.dumps(result))
+        lines = [{"step": s, "matrices": [{**row, **dict.fromkeys(numbers, s)}]} for s in (2, 4)]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / name / "spectra.jsonl").write_text(text)
+    members = [SimpleNamespace(name=name) for name in ("a", "b", "still running")]
+    found = updates.updates(members, tmp_path)
+    assert found["step"].tolist() == found["norm"].tolist() == [2, 4]
+    assert found["layer"].tolist() == [1, 1] and set(found["module"]) == {"mlp/up"}
+    assert updates.means(found)["update.scale"].tolist() == [2.0, 2.0]

@@ -62,7 +62,19 @@ def test_a_sweep_is_one_program(finished):
     assert set(frame["status"]) == {"finished"}
     assert {"optimizer.learning_rate", "exact_match", "trainable_params"} <= set(frame.columns)
     assert (folder / "s" / "report.html").exists()
-    assert list((folder / "s").glob("*.png"))
+    assert (folder / "s" / "update_spectra.png").exists()
+
+
+def test_the_updates_of_all_members_are_a_table(finished):
+    folder, _ = finished
+    updates = pd.read_csv(folder / "s" / "updates.csv")
+    ranks = pd.read_csv(folder / "s" / "results.csv").set_index("member")["method.rank"]
+    assert len(updates) == 4 * 14 and set(updates["step"]) == {4}
+    assert (updates["rank"] == updates["member"].map(ranks)).all()
+    assert set(updates["layer"]) == {0, 1} and "attention/query" in set(updates["module"])
+    # Each member's own file has one line: it was evaluated at the end alone.
+    for name in ranks.index:
+        assert len(read_metrics(folder / "s" / "members" / name / "spectra.jsonl")) == 1
 
 
 def test_members_are_ordinary_runs_with_adapters_of_their_own_rank(finished, capsys):
@@ -124,6 +136,9 @@ def test_killed_sweeps_go_on_and_end_alike(tiny_config, tmp_path):
     for name in whole["member"]:
         lines = [losses(tmp_path / n / "members" / name) for n in ("whole", "cut")]
         assert lines[0] == lines[1] and len(lines[0]) == 60
+        lines = [(tmp_path / n / "members" / name / "spectra.jsonl").read_text()
+                 for n in ("whole", "cut")]  # fmt: skip
+        assert lines[0] == lines[1] and lines[0].count("\n") == 1
     columns = ["member", "exact_match"]
     pd.testing.assert_frame_equal(
         whole[columns].sort_values("member", ignore_index=True),

@@ -1,0 +1,79 @@
+"""The fields that a sweep varied, as columns of its table: which vary together, and settings.
+
+A setting is one value of every varied field; its members differ in seeds, which are repetitions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+RATE, RANK, ALPHA, TARGETS = (
+    "optimizer.learning_rate", "method.rank", "method.alpha", "method.targets",
+)  # fmt: skip
+
+
+def is_seed(key: str) -> bool:
+    return key.rsplit(".", 1)[-1].endswith("seed")
+
+
+def finished(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The members that finished and have the metric."""
+    done = frame[frame["status"] == "finished"] if "status" in frame else frame
+    return done[done[metric].notna()] if metric in done else done[:0]
+
+
+def varied(frame: pd.DataFrame, keys: Sequence[str]) -> list[str]:
+    """The fields that take more than one value."""
+    there = [k for k in keys if k in frame and not is_seed(k)]
+    return [k for k in there if frame[k].nunique(dropna=False) > 1]
+
+
+def follows(frame: pd.DataFrame, key: str, leader: str) -> bool:
+    """Whether the value of one field says that of another, as a rank does where alpha = 2·rank."""
+    return bool(frame.groupby(leader, dropna=False)[key].nunique(dropna=False).max() == 1)
+
+
+def groups(frame: pd.DataFrame, fields: Sequence[str]) -> dict[str, list[str]]:
+    """The fields that always vary together, under one of them: the rank if it is among them."""
+    found: dict[str, list[str]] = {}
+    for key in sorted(fields, key=lambda k: k != RANK):
+        for leader, others in found.items():
+            if follows(frame, key, leader) and follows(frame, leader, key):
+                others.append(key)
+                break
+        else:
+            found[key] = [key]
+    return found
+
+
+def others(frame: pd.DataFrame, keys: Sequence[str], key: str) -> list[str]:
+    """The fields that can be held while `key` is changed: those that do not follow from it."""
+    rest = [k for k in keys if k != key]
+    return [k for k in rest if is_seed(k) or not follows(frame, k, key)]
+
+
+def settings(frame: pd.DataFrame, fields: Sequence[str], metric: str, higher: bool) -> pd.DataFrame:
+    """A row a setting, best first: its fields, the metric's `mean` and `std` (n - 1), `members`."""
+    columns = {"mean": (metric, "mean"), "std": (metric, "std"), "members": (metric, "size")}
+    if not fields:
+        one = frame[metric]
+        return pd.DataFrame([{"mean": one.mean(), "std": one.std(), "members": len(one)}])
+    found = frame.groupby(list(fields), dropna=False).agg(**columns).reset_index()
+    return found.sort_values("mean", ascending=not higher, kind="stable", ignore_index=True)
+
+
+def best_over_others(table: pd.DataFrame, kept: Sequence[str]) -> pd.DataFrame:
+    """Of `settings`, the best row for each combination of some fields, in their order."""
+    return table.drop_duplicates(list(kept)).sort_values(list(kept), ignore_index=True)
+
+
+def label(keys: Sequence[str], row: Any) -> str:
+    """The values of some fields in a row: `rank=4, learning_rate=0.002`."""
+    return ", ".join(f"{k.rsplit('.', 1)[-1]}={short(row[k])}" for k in keys)
+
+
+def short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
