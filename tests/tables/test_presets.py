@@ -59,6 +59,7 @@ def test_every_preset_has_every_task(name: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
+        (("deberta-xxl", "mnli"), "dropout 0.15 before the classifier"),
         (("roberta-bse", "cola"), "did you mean roberta-base"),
         (("roberta-base", "wnli"), "no task 'wnli'"),
     ],

@@ -13,6 +13,7 @@ import pytest
 from lora_jax import cli, statistics, tables
 from lora_jax.errors import UserError
 from lora_jax.tables import published, render
+from lora_jax.tables.quoted import quoted
 from lora_jax.tables.table import COLUMNS
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -124,7 +125,7 @@ def test_all_metrics_of_a_row_are_of_one_choice(tiny_config: Any, tmp_path: Path
     config = tmp_path / "config.py"
     made = tiny_config(training={"steps": 2}, evaluation={"forgetting": forgetting})
     config.write_text(f"def get_config():\n    return {made!r}\n")
-    grid = [{"optimizer.learning_rate": r} for r in (1e-9, 3e-2)]
+    grid = [{"optimizer.learning_rate": r} for r in (3e-2, 1e-9)]
     works = [
         tables.Trained(str(config), metric, grid=grid, chosen_by="exact_match")
         for metric in (None, "general_loss", "base_general_loss")
@@ -138,10 +139,22 @@ def test_all_metrics_of_a_row_are_of_one_choice(tiny_config: Any, tmp_path: Path
     rate = found[1].chosen["optimizer.learning_rate"]
     assert found[1].values == {0: by_rate[rate]["general_loss"]}
     assert by_rate[1e-9]["exact_match"] == by_rate[3e-2]["exact_match"]  # a tie: the later one wins
-    assert rate == 3e-2
-    # At a rate of next to nothing, next to nothing is forgotten.
+    assert rate == 1e-9
+    # Next to nothing is forgotten at such a rate; by the loss itself the other would be chosen.
     still = by_rate[1e-9]
     assert still["general_loss"] == pytest.approx(still["base_general_loss"], abs=1e-4)
+    assert by_rate[3e-2]["general_loss"] > still["general_loss"] + 1e-3
+
+
+def test_published_rows_stand_without_numbers_of_ours() -> None:
+    rows = quoted("ptuning2_repo_results", ("backbone",), ("RTE", "CoNLL03"), "not here", 0.01)
+    # Nothing is printed of CoNLL03 with BERT.
+    assert [(r.row, r.metric) for r in rows] == [
+        ("BERT-large", "RTE"), ("RoBERTa-large", "RTE"), ("RoBERTa-large", "CoNLL03"),
+    ]  # fmt: skip
+    assert rows[0].published is not None
+    assert rows[0].published.look_up().value == pytest.approx(0.801)
+    assert rows[0].work.measure(Path("x"), [0], False).reason == "not here"
 
 
 def test_forms(tmp_path: Path) -> None:
