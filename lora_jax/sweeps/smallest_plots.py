@@ -79,3 +79,34 @@ def _threshold(axes: Any, row: int, one: Found, colour: str) -> None:
     axes.plot(at, row, marker=mark, color=colour)
     axes.annotate(text, (at, row), xytext=(0, 7), textcoords="offset points", ha="center",
                   fontsize="small")  # fmt: skip
+
+
+def over(found: Mapping[float, Found], path: Path, label: str) -> Path:
+    """Thresholds with their intervals over a number such as the size of the model, to `path`.
+
+    An arrow stands where nothing was reached, or what is reached by all, at the end of the ladder.
+    """
+    if not found:
+        raise UserError("no thresholds to draw")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for x, one in sorted(found.items()):
+        t, sizes = one.threshold, [r.size for r in one.runs]
+        if t.size is None:
+            beyond = t.status == "not reached"
+            axes.plot(x, max(sizes) if beyond else min(sizes), "^" if beyond else "v", color="C0")
+            continue
+        axes.plot(x, t.size, "o", color="C0")
+        if t.low is not None and t.high is not None:
+            ends = [max(t.low, min(sizes)), min(t.high, max(sizes))]
+            axes.plot([x, x], ends, color="C0")
+    name = next(iter(found.values())).name
+    axes.set(xscale="log", yscale="log", xlabel=label, ylabel=name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path

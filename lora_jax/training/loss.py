@@ -63,7 +63,9 @@ def chunked_loss(
 
 
 def outputs(model: Any, variables: Any, batch: Mapping[str, Any]) -> jax.Array:
-    """What a model with a classification or regression head gives for a batch: float32 [B, C].
+    """What a model with a classification or regression head gives for a batch: [B, C].
+
+    float32, or float64 where the model computes in that.
 
     Args:
         batch: tokens int[B, T]; attention_mask and token_type_ids int[B, T] if the model has them.
@@ -71,7 +73,7 @@ def outputs(model: Any, variables: Any, batch: Mapping[str, Any]) -> jax.Array:
     """
     further = {name: batch[name] for name in ("attention_mask", "token_type_ids") if name in batch}
     found = adapt(model.apply)(variables, model_input(batch), **further)
-    return found.astype(jnp.float32)
+    return found.astype(jnp.promote_types(found.dtype, jnp.float32))
 
 
 def classification_loss(

@@ -1,0 +1,56 @@
+"""Beyond the papers: does the intrinsic dimension of MNIST grow with the width of the network?
+
+    lora-jax table experiments/beyond_width.py --scale small --workdir runs/beyond_width
+
+Networks 784-w-w-10 from a random start; d_int90 as in experiments/li_table1.py, by Fastfood: the
+smallest d with a test accuracy of 0.9. Li et al. 2018 found it nearly constant for fully connected
+networks (their Figure 3); the figure shows d over all parameters, with intervals. `MNIST_DIR` names
+a folder with TFDS's mnist. `smoke`: two narrow networks, a few updates.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_jax.sweeps import smallest
+from lora_jax.sweeps.ladder import Ladder
+from lora_jax.sweeps.smallest_plots import over
+from lora_jax.tables import Row, Searched, Table
+from lora_jax.tables.table import Filled
+
+CONFIG = Path(__file__).parents[1] / "configs" / "mnist.py"
+WIDTHS = (25, 50, 100, 200, 400)
+SHORT = {
+    "training.steps": 20, "training.eval_every": 10, "data.source.split": "train[:120]",
+    "data.validation": "test[:40]",
+}  # fmt: skip
+
+
+def table(scale: str) -> Table:
+    smoke = scale == "smoke"
+    widths = (4, 8) if smoke else WIDTHS
+    ladder = Ladder(20, 200, points=2, ratio=1e9) if smoke else Ladder(250, 2000, parts=5)
+    folder = os.environ.get("MNIST_DIR", "")
+    rows = []
+    for width in widths:
+        overrides = {"model.shape.widths": (width, width), **(SHORT if smoke else {})}
+        work = Searched(
+            f"{CONFIG}:net=fc" + (f",data_dir={folder}" if folder else ""), ladder, full=1.0,
+            overrides=overrides,
+            vary=("model.init_seed", "data.seed", "method.projection_seed"),
+        )  # fmt: skip
+        rows.append(Row(f"784-{width}-{width}-10", "d_int90", work))
+    return Table(
+        "Intrinsic dimension of MNIST over width", tuple(rows), seeds=1 if smoke else 3,
+        cost="10 to 20 minutes a row on 2 CPU cores", figures=_figures,
+    )  # fmt: skip
+
+
+def _figures(filled: Filled, folder: Path) -> Sequence[Path]:
+    found = {}
+    for line in filled.lines:
+        if line.measured.place:
+            width = int(line.row.row.split("-")[1])
+            parameters = 785 * width + (width + 1) * width + (width + 1) * 10
+            found[float(parameters)] = smallest.load(Path(line.measured.place))
+    return [over(found, folder / "beyond_width.png", "parameters of the network")] if found else []
