@@ -7,7 +7,14 @@ numbers that the update reads, so one forward-mode pass through all updates give
 derivative of the final loss by their logarithms; beside it the central difference of two more
 trainings. The updates are SGD's with momentum: Adam's root has no derivative where a gradient is
 exactly zero, as that of A is at the start. A dropout rate has no such derivative either: masks
-jump. `MNIST_DIR` names a folder with TFDS's mnist. `smoke`: two updates.
+jump.
+
+Outcome, means over 3 seeds: at rates of 0.01 and 0.03 the two agree to 0.2 %. At 0.1, or at a scale
+of 4, they differ by 1 to 27 %, and at 0.3 the derivatives are in the hundreds and do not agree in
+sign: the loss is then too rough for its slope over 0.1 % of the rate or scale to be its slope at a
+point, and a derivative of it, however exact, is no guide to a better rate.
+
+`MNIST_DIR` names a folder with TFDS's mnist. `smoke`: two updates.
 """
 
 import os
@@ -129,7 +136,10 @@ def _figures(filled: Filled, folder: Path) -> Sequence[Path]:
         ]
         if pairs:
             axes.plot(*zip(*pairs, strict=True), ".", color=f"C{k}", label=side)
-    axes.axline((0.0, 0.0), slope=1.0, color="grey", linewidth=0.8)
+    ends = [-1e3, 0.0, 1e3]
+    axes.plot(ends, ends, color="grey", linewidth=0.8)
+    for scale in (axes.set_xscale, axes.set_yscale):
+        scale("symlog", linthresh=1e-3)  # both signs, over six orders
     axes.set(xlabel="central difference", ylabel="forward mode", title="d loss / d log x")
     axes.legend()
     path = folder / "beyond_sensitivities.png"

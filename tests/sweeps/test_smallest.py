@@ -23,6 +23,7 @@ class FakeSweep:
 
     trained: list[int] = []  # noqa: RUF012
     broken: dict[int, dict[str, Any]] = {}  # noqa: RUF012
+    sweeps = 0
 
     def __init__(self, base: Any, sweeps: Any, folder: Path, *_: Any):
         self.folder, self.task = folder, types.SimpleNamespace(principal="accuracy")
@@ -34,6 +35,7 @@ class FakeSweep:
         self.members = self.grid
 
     def run(self) -> None:
+        FakeSweep.sweeps += 1
         for member in self.grid:
             path = self.folder / member.name / "result.json"
             if path.exists():
@@ -48,7 +50,7 @@ class FakeSweep:
 @pytest.fixture
 def search(monkeypatch: pytest.MonkeyPatch) -> Smallest:
     monkeypatch.setattr(smallest, "Sweep", FakeSweep)
-    FakeSweep.trained, FakeSweep.broken = [], {}
+    FakeSweep.trained, FakeSweep.broken, FakeSweep.sweeps = [], {}, 0
     ladder = Ladder(1000, 10_000, points=3, parts=4, ratio=1.4)
     return Smallest({}, "d", ladder, [{"seed": 0}, {"seed": 1}])
 
@@ -61,7 +63,7 @@ def test_rounds_close_in_and_nothing_runs_twice(search: Smallest, tmp_path: Path
     assert len(set(FakeSweep.trained)) == 6 and len(FakeSweep.trained) == 12
     assert found.converged == 0.5 and found.parameters[1000] == 1010
     again = search.run(Target((1.0,)), tmp_path)
-    assert again == found and len(FakeSweep.trained) == 12
+    assert again == found and len(FakeSweep.trained) == 12 and FakeSweep.sweeps == 2
     search.run(Target((0.9,)), tmp_path)  # the grid is there: only what is around 10^3.24 is run
     assert len(FakeSweep.trained) == 18
 
