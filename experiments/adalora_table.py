@@ -17,26 +17,26 @@ from lora_jax.tables.quoted import quoted
 TASKS = ("MNLI_m", "MNLI_mm", "SST-2", "CoLA", "QQP_acc", "QQP_F1", "QNLI", "RTE", "MRPC", "STS-B",
          "Avg")  # fmt: skip
 ALL = {"targets": "all-linear"}
-STEPS = 4000 // 32
+STEPS = {"small": 4000 // 32, "smoke": 2}
 
 
-def scheduled() -> dict[str, object]:
+def scheduled(steps: int) -> dict[str, object]:
     """AdaLoRA's fields from the authors' script for CoLA, its updates as shares of the run."""
     script = row("adalora_script_hparams", task="CoLA")
     updates = script["epochs"] * 8551 // script["batch_size"]
     return {
         "rank": script["lora_r_init"], "target_rank": 2, "alpha": float(script["lora_alpha"]),
-        "initial_steps": script["init_warmup"] * STEPS // updates,
-        "final_steps": script["final_warmup"] * STEPS // updates,
-        "every": script["mask_interval"] * STEPS // updates or 1,
+        "initial_steps": script["init_warmup"] * steps // updates,
+        "final_steps": script["final_warmup"] * steps // updates,
+        "every": script["mask_interval"] * steps // updates or 1,
         "orthogonality": script["reg_orth_coef"],
         "beta1": script["beta1"], "beta2": script["beta2"],
     }  # fmt: skip
 
 
-def small() -> dict[str, minilm.Method]:
+def methods_at(scale: str) -> dict[str, minilm.Method]:
     return {
-        "AdaLoRA r=2": ("adalora", {**ALL, **scheduled()}, (2e-3, 8e-3)),
+        "AdaLoRA r=2": ("adalora", {**ALL, **scheduled(STEPS[scale])}, (2e-3, 8e-3)),
         "LoRA r=2": ("lora", {**ALL, "rank": 2, "alpha": 2.0}, minilm.LORA_RATES),
         "HAdapter": ("adapter_h", {"size": 8}, (1e-3, 4e-3)),
         "PAdapter": ("adapter_p", {"size": 16}, (1e-3, 4e-3)),
@@ -50,7 +50,7 @@ def table(scale: str) -> Table:
         reason = "there is no DeBERTa in the project"
         rows = quoted("adalora_t1_glue", ("method", "params"), TASKS, reason)
         return Table("AdaLoRA, Table 1: DeBERTaV3-base on GLUE", tuple(rows), seeds=1)
-    methods = small()
+    methods = methods_at(scale)
     return Table(
         f"AdaLoRA, Table 1, {scale}", minilm.rows(methods, scale), seeds=minilm.seeds(scale),
         claims=minilm.claims(scale, *[("AdaLoRA r=2", x) for x in methods if "Ada" not in x]),

@@ -12,6 +12,7 @@ import pytest
 
 from lora_jax import config as configs
 from lora_jax import tables
+from lora_jax.methods.base import Method
 from lora_jax.plan.sketch import Sketch
 from lora_jax.sweeps import grid
 
@@ -63,13 +64,13 @@ def test_inside_of_adapters_across_ranks_and_seeds(
 
 BERT = {
     "model_type": "bert", "architectures": ["BertModel"], "vocab_size": 60, "hidden_size": 16,
-    "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 24, "num_hidden_layers": 6, "num_attention_heads": 4,
     "hidden_act": "gelu", "max_position_embeddings": 64, "type_vocab_size": 2,
     "layer_norm_eps": 1e-12, "pad_token_id": 0,
 }  # fmt: skip
 LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 60,
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 6, "num_attention_heads": 4,
     "num_key_value_heads": 2, "hidden_act": "silu", "max_position_embeddings": 64,
     "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
 }  # fmt: skip
@@ -92,9 +93,11 @@ def test_methods_of_small_rows_fit_their_models(path: Path) -> None:
         chosen = {**row.work.overrides, "model.shape": shape}
         bench = Sketch(grid.configured(row.work.config, chosen))
         method = bench.experiment.method.scheduled(experiment.training.steps)
+        assert method.count(bench.params).total > 0
+        if type(method).prepare is not Method.prepare:
+            continue  # its start needs a look at data
         trainable = jax.eval_shape(lambda p, m=method: m.init(jax.random.key(0), p), bench.params)
         assert sum(x.size for x in jax.tree.leaves(trainable)) > 0
-        assert method.count(bench.params).total > 0
 
 
 def test_the_articles_claims(
