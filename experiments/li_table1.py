@@ -9,6 +9,9 @@ subspace. Beside it the d that reaches 0.9 of our own full training. Weights, su
 the data differ between seeds. `small`: ten values of d, 3 seeds; `paper`: a finer ladder, 5 seeds,
 and the dense projection of the larger network; `smoke`: two values, on 120 images. `MNIST_DIR`
 names a folder with TFDS's mnist, if it is not in the usual place.
+
+Measured so (experiments/results/li_table1_small.csv): FC 702 [605, 756] for 750, LeNet 267 [172,
+310] for 290 (or 275), both by Fastfood. LeNet's runs were seldom converged at 2,000 updates.
 """
 
 import os
@@ -81,7 +84,7 @@ def _small() -> Table:
     rows[place] = Row("FC, dense", "d_int90", NotRun(reason), published)
     return Table(
         "Li et al. 2018, Table 1 (MNIST), small", tuple(rows), seeds=3, notes=NOTES,
-        cost="15 to 20 minutes a row on 2 CPU cores", figures=_figures,
+        cost="a row: FC 16, LeNet 33 minutes on 2 CPU cores that others used too", figures=_figures,
     )  # fmt: skip
 
 
