@@ -288,7 +288,7 @@ class Transformer(nn.Module):
             deterministic=inputs.deterministic,
             keep_inputs=inputs.keep_inputs,
         )
-        kept = []
+        kept: list[jax.Array] = []
         one = one and self.segments[-1].size == 1 and cache is None
         for segment, layers, shift in zip(self.segments, self.stack, shifts, strict=True):
             cos, sin = self.rotary_tables(positions + shift)
