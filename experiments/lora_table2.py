@@ -4,10 +4,10 @@
 
 `paper`: RoBERTa with the settings of Table 9 and, where they differ, those of the authors' scripts
 (MRPC, RTE and STS-B go on from the MNLI adapter but in the dagger rows, as the paper has it), 5
-seeds, medians; for a GPU and the hub. `small`: MiniLM-L6 (extra `minilm`)
-on CoLA, two epochs, and 10,000 sentences of SST-2, one epoch; learning rates from a small grid on
-seed 0, 3 seeds. `GLUE_DIR` names a folder with TFDS's glue, if it is not in the usual place. `smoke`: a few
-steps of one row.
+seeds, medians; for a GPU and the hub. `small`: MiniLM-L6 (extra `minilm`) on CoLA, two epochs, and
+10,000 sentences of SST-2, one epoch; learning rates from a small grid on seed 0, 3 seeds.
+`GLUE_DIR` names a folder with TFDS's glue, if it is not in the usual place. `smoke`: a few steps of
+one row.
 """
 
 import os
