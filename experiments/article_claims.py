@@ -113,7 +113,12 @@ WORST = "phoneme error rate, worst rate − best"
 
 def runs_of(name: str, metric: str | None, rates: Sequence[float], steps: int) -> Trained:
     """Runs of a method of `METHODS`, at the best of some rates by the task's own metric."""
-    overrides = {**METHODS[name][0], **SHORT, "training.steps": steps}
+    overrides = {
+        **METHODS[name][0],
+        **SHORT,
+        "training.steps": steps,
+        "optimizer.warmup_steps": steps // 15,
+    }
     if text := os.environ.get("GENERAL_TEXT"):
         overrides["evaluation.forgetting"] = {"kind": "files", "path": text}
     grid = [{"optimizer.learning_rate": rate} for rate in rates]

@@ -59,7 +59,8 @@ def table(scale: str) -> Table:
             "data.validation": f"{split('test')}[:{records}]",
         }  # fmt: skip
         if scale == "smoke":
-            overrides |= {"training.steps": 1, "evaluation.max_new_tokens": 4}
+            overrides |= {"training.steps": 1, "optimizer.warmup_steps": 0,
+                          "evaluation.max_new_tokens": 4}  # fmt: skip
         config = f"{CONFIG}:model=smollm2-135m,steps={steps},folder={os.environ.get('E2E_DIR', '')}"
         for column, (metric, _) in METRICS.items():
             if column == "MET":

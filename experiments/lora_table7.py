@@ -42,7 +42,9 @@ def runs_of(scale: str, folder: Path, seed: int) -> dict[tuple[int, int], Path]:
     from lora_jax.sweeps.sweep import Sweep
 
     wanted = [(4, seed), (8, seed), (64, seed), (64, seed + SECOND)]
-    short = {**SHORT, "training.steps": STEPS[scale], "method.targets": "attention/(query|value)$"}
+    steps = STEPS[scale]
+    short = {**SHORT, "training.steps": steps, "optimizer.warmup_steps": steps // 15,
+             "method.targets": "attention/(query|value)$"}  # fmt: skip
     base = to_dict(grid.configured(CONFIG, short))
     overrides = [
         {"method.rank": r, "method.alpha": 2.0 * r, "seed": s, "data.seed": s,

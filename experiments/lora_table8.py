@@ -42,7 +42,8 @@ def table(scale: str) -> Table:
         return Table("LoRA paper, Table 8: few-shot and fine-tuned GPT-3", tuple(rows), seeds=1)
     short: dict[str, Any] = {}
     if scale == "smoke":
-        short = {"training.steps": 1, "data.validation": "validation[:2]",
+        short = {"training.steps": 1, "optimizer.warmup_steps": 0,
+                 "data.validation": "validation[:2]",
                  "evaluation.base_shots": (0, 4), "evaluation.max_new_tokens": 4}  # fmt: skip
     # The run that LoRA trains measures the base with examples in its prompt, too.
     arms = {

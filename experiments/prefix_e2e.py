@@ -93,7 +93,8 @@ def _small(scale: str) -> Table:
             "data.validation": f"{split('test')}[:{records}]",
         }  # fmt: skip
         if scale == "smoke":
-            chosen |= {"training.steps": 1, "evaluation.max_new_tokens": 4}
+            chosen |= {"training.steps": 1, "optimizer.warmup_steps": 0,
+                       "evaluation.max_new_tokens": 4}  # fmt: skip
         folder = os.environ.get("E2E_DIR", "")
         config = f"{CONFIG}:model=smollm2-135m,steps={3 * pairs // 8},folder={folder}"
         rows += [Row(f"SmolLM2 {name}", column, Trained(config, METRICS[column][0], chosen))

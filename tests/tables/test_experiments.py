@@ -11,10 +11,12 @@ import pandas as pd
 import pytest
 
 from lora_jax import config as configs
-from lora_jax import tables
+from lora_jax import tables, training
+from lora_jax.errors import UserError
 from lora_jax.methods.base import Method
 from lora_jax.plan.sketch import Sketch
 from lora_jax.sweeps import grid
+from lora_jax.tables.work import Measured
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
@@ -46,7 +48,8 @@ def test_inside_of_adapters_across_ranks_and_seeds(
 ) -> None:
     """One step of a two-layer model: projections, similarities, and their figures."""
     config = tmp_path / "config.py"
-    config.write_text(f"def get_config():\n    return {tiny_config()!r}\n")
+    made = tiny_config(optimizer={"warmup_steps": 3})  # more than a smoke test has steps
+    config.write_text(f"def get_config():\n    return {made!r}\n")
     module = configs.load_module(str(EXPERIMENTS / "lora_table7.py"))
     monkeypatch.setattr(module, "CONFIG", str(config))
     monkeypatch.setitem(module.SHORT, "data.validation", "[20:22]")
@@ -62,17 +65,18 @@ def test_inside_of_adapters_across_ranks_and_seeds(
     assert (tmp_path / "smoke" / "figures" / "rank8_rank64.png").stat().st_size > 1000
 
 
+# The shapes of MiniLM-L6 and SmolLM2-135M: nothing of their size is made.
 BERT = {
-    "model_type": "bert", "architectures": ["BertModel"], "vocab_size": 60, "hidden_size": 16,
-    "intermediate_size": 24, "num_hidden_layers": 6, "num_attention_heads": 4,
-    "hidden_act": "gelu", "max_position_embeddings": 64, "type_vocab_size": 2,
+    "model_type": "bert", "architectures": ["BertModel"], "vocab_size": 30522, "hidden_size": 384,
+    "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12,
+    "hidden_act": "gelu", "max_position_embeddings": 512, "type_vocab_size": 2,
     "layer_norm_eps": 1e-12, "pad_token_id": 0,
 }  # fmt: skip
 LLAMA = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 60,
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 6, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "hidden_act": "silu", "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 49152,
+    "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_act": "silu",
+    "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
 }  # fmt: skip
 
 
@@ -81,9 +85,10 @@ LLAMA = {
     sorted(p for p in EXPERIMENTS.glob("*.py") if "def table(scale" in p.read_text()),
     ids=lambda p: p.stem,
 )
-def test_methods_of_small_rows_fit_their_models(path: Path) -> None:
-    """Each trained row's method starts, with all of its fields, on a small model of that family."""
-    for row in tables.load(str(path), "small").rows:
+@pytest.mark.parametrize("scale", ["smoke", "small"])
+def test_rows_that_train_fit_their_models(path: Path, scale: str) -> None:
+    """Each one's method starts, with all of its fields, and its optimizer fits its steps."""
+    for row in tables.load(str(path), scale).rows:
         if not isinstance(row.work, tables.Trained):
             continue
         experiment = grid.configured(row.work.config, row.work.overrides)
@@ -93,6 +98,7 @@ def test_methods_of_small_rows_fit_their_models(path: Path) -> None:
         chosen = {**row.work.overrides, "model.shape": shape}
         bench = Sketch(grid.configured(row.work.config, chosen))
         method = bench.experiment.method.scheduled(experiment.training.steps)
+        training.make_optimizer(experiment.optimizer, experiment.training.steps)
         assert method.count(bench.params).total > 0
         if type(method).prepare is not Method.prepare:
             continue  # its start needs a look at data
@@ -100,20 +106,42 @@ def test_methods_of_small_rows_fit_their_models(path: Path) -> None:
         assert sum(x.size for x in jax.tree.leaves(trainable)) > 0
 
 
-def test_the_articles_claims(
-    tmp_path: Path, tiny_base: Path, tiny_config: Any, monkeypatch: Any
-) -> None:
-    """Counts at GPT-3's shape, a latency, general text before and after, errors over rates."""
+@pytest.fixture
+def pronouncing(tmp_path: Path, tiny_config: Any) -> Path:
+    """A config as the quickstart's: six words, and a warm-up longer than a smoke test."""
     words = [{"word": w, "phonemes": " ".join(w), "references": [" ".join(w)]}
              for w in ("cat", "tac", "act", "at", "ta", "ca")]  # fmt: skip
     (tmp_path / "words.jsonl").write_text("\n".join(map(json.dumps, words)))
-    (tmp_path / "text.txt").write_text("to be or not to be, that is the question\n" * 40)
     data = {"source": {"kind": "files", "path": str(tmp_path / "words.jsonl"), "split": "[:4]"},
-            "task": {"kind": "g2p"}}  # fmt: skip
-    config = tmp_path / "config.py"
-    config.write_text(f"def get_config():\n    return {tiny_config(data=data)!r}\n")
+            "task": {"kind": "g2p"}, "length": 64}  # fmt: skip
+    made = tiny_config(data=data, optimizer={"warmup_steps": 3})
+    (tmp_path / "config.py").write_text(f"def get_config():\n    return {made!r}\n")
+    return tmp_path / "config.py"
+
+
+def test_few_shot_and_fine_tuned(pronouncing: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """The run that LoRA trains measures the base with examples in its prompt."""
+    module = configs.load_module(str(EXPERIMENTS / "lora_table8.py"))
+    monkeypatch.setattr(module, "CONFIG", str(pronouncing))
+    short = {"data.validation": "[4:]", "evaluation.base_shots": (0, 1),
+             "training.steps": 1, "optimizer.warmup_steps": 0}  # fmt: skip
+    few, lora = (
+        module.fitted("lora", short, which, tmp_path / which, 0)
+        for which in ("base_phoneme_error_rate", "phoneme_error_rate")
+    )
+    assert len(list((tmp_path / "runs").iterdir())) == 1  # one run gave both
+    result = json.loads((tmp_path / "runs" / "lora-seed0" / "result.json").read_text())
+    assert few["value"] == result["metrics"]["base_phoneme_error_rate"] > 0
+    assert lora["trainable_params"] == result["trainable_params"] > 0
+
+
+def test_the_articles_claims(
+    tmp_path: Path, tiny_base: Path, pronouncing: Path, monkeypatch: Any
+) -> None:
+    """Counts at GPT-3's shape, a latency, general text before and after, errors over rates."""
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question\n" * 40)
     module = configs.load_module(str(EXPERIMENTS / "article_claims.py"))
-    monkeypatch.setattr(module, "QUICKSTART", config)
+    monkeypatch.setattr(module, "QUICKSTART", pronouncing)
     monkeypatch.setattr(module, "MODEL", str(tiny_base / "base"))
     monkeypatch.setitem(module.SHORT, "data.validation", "[4:]")
     monkeypatch.setenv("GENERAL_TEXT", str(tmp_path / "text.txt"))
@@ -125,7 +153,24 @@ def test_the_articles_claims(
     assert found.notna().all()
     assert found["P-tuning v2", "loss on general text"] > 0
 
-    monkeypatch.setitem(module.SPREAD, "LoRA", (1e-3, 1e-1))
-    cells = module.spread("LoRA", 3, tmp_path / "spread", 0)
-    errors = [cells[f"phoneme error rate, rate {rate:g}"]["value"] for rate in (1e-3, 1e-1)]
-    assert cells[module.WORST]["value"] == max(errors) - min(errors)
+
+def test_spread_over_rates(tmp_path: Path, monkeypatch: Any) -> None:
+    """Worst less best of all rates; a rate at which nothing is left to compare is an error."""
+    module = configs.load_module(str(EXPERIMENTS / "article_claims.py"))
+    errors = {3e-4: 0.5, 1e-3: 0.2, 3e-3: 0.25, 1e-2: 0.9}
+
+    class Runs:
+        def __init__(self, rate: float):
+            self.rate = rate
+
+        def measure(self, folder: Path, seeds: list[int], progress: bool) -> Measured:
+            found = {s: errors[self.rate] + s for s in seeds if self.rate in errors}
+            return Measured(found)
+
+    monkeypatch.setattr(module, "runs_of", lambda name, metric, rates, steps: Runs(*rates))
+    cells = module.spread("LoRA", 40, tmp_path, 1)
+    assert cells[module.WORST]["value"] == pytest.approx(0.7)
+    assert cells["phoneme error rate, rate 0.01"]["value"] == pytest.approx(1.9)
+    del errors[1e-2]
+    with pytest.raises(UserError, match="diverged at rate 0.01"):
+        module.spread("LoRA", 40, tmp_path, 1)
