@@ -32,7 +32,10 @@ def fitted(
     if not (workdir / runs.RESULT).exists():
         runs.run(configured(CONFIG, {**overrides, **seeds}), workdir, progress=False)
     result = json.loads((workdir / runs.RESULT).read_text())
-    return {"value": result["metrics"][which], "trainable_params": result["trainable_params"]}
+    cell = {"value": result["metrics"][which]}
+    if which.startswith("base_"):  # nothing was trained for it
+        return cell
+    return {**cell, "trainable_params": result["trainable_params"]}
 
 
 def table(scale: str) -> Table:

@@ -131,7 +131,7 @@ def test_few_shot_and_fine_tuned(pronouncing: Path, tmp_path: Path, monkeypatch:
     )
     assert len(list((tmp_path / "runs").iterdir())) == 1  # one run gave both
     result = json.loads((tmp_path / "runs" / "lora-seed0" / "result.json").read_text())
-    assert few["value"] == result["metrics"]["base_phoneme_error_rate"] > 0
+    assert few == {"value": result["metrics"]["base_phoneme_error_rate"]}
     assert lora["trainable_params"] == result["trainable_params"] > 0
 
 
