@@ -96,9 +96,12 @@ def cost_of_one_rate(frame: pd.DataFrame, arms: Mapping[str, int]) -> Summary | 
 # What an interval says.
 
 
-def within(x: Summary | None, target: float) -> str:
-    """Whether it lies within, or outside of, `NEAR` around the target."""
-    if x is None or math.isnan(x.low):
+def within(x: Summary | None, target: float, bounded: bool = False) -> str:
+    """Whether it lies within, or outside of, `NEAR` around the target.
+
+    Undecided too where it is of best rates that are bounds alone (`at_an_end`).
+    """
+    if x is None or math.isnan(x.low) or bounded:
         return "undecided"
     if target - NEAR <= x.low and x.high <= target + NEAR:
         return "yes"

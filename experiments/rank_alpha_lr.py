@@ -165,6 +165,7 @@ def answers(frame: pd.DataFrame, scale: Scale) -> list[Answer]:
     ranks = {f"r={r}": r for r in scale.ranks}
     ends = [a.name for a in arms(scale) if best.at_an_end(frame, a.name)]
     note = f"Best at an end of the grid, so only a bound: {', '.join(ends)}." if ends else ""
+    bounded, of_full = bool(set(ends) & set(ranks)), bool(set(ends) & {*ranks, "full"})
     moved, ratio = best.shift(frame, ranks), best.above(frame, ranks, "full")
     lost = best.cost_of_one_rate(frame, ranks)
     attention, mlp = (f"{n} r={r}" for n, r in zip(("attention", "mlp"), scale.equal, strict=True))
@@ -173,11 +174,11 @@ def answers(frame: pd.DataFrame, scale: Scale) -> list[Answer]:
     whole = f"ranks {scale.ranks[0]} to {scale.ranks[-1]}"
     return [
         Answer(f"Is the best rate nearly independent of the rank ({whole})?",
-               "decades that it moves", moved, best.within(moved, 0.0), note),
+               "decades that it moves", moved, best.within(moved, 0.0, bounded), note),
         Answer("What does one rate for all ranks cost, against a rate for each?",
                METRIC, lost, best.better(lost, "something", "it gains")),
         Answer("Is LoRA's best rate about 10 times full fine-tuning's?",
-               "decades above", ratio, best.within(ratio, 1.0), note),
+               "decades above", ratio, best.within(ratio, 1.0, of_full), note),
         Answer(f"Do MLP targets beat attention at equal parameters ({mlp}, {attention})?",
                METRIC, targets, best.better(targets, "yes", "no")),
         Answer(f"Does rsLoRA help at a high rank ({high}, alpha {ALPHA:g})?",
