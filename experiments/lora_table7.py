@@ -23,6 +23,8 @@ MODULES = {"Wq": "attention/query", "Wv": "attention/value"}
 SECOND = 100  # added to a seed: of the run that is compared with it
 RANDOM = "on average of random directions"
 NOTES = (
+    "published: the 48th of GPT-3's 96 layers; another model's norms are of another size, and only "
+    "their order and the amplification can be compared",
     "U and V: the first r directions of ΔW, of W, or random ones; A's directions (right singular "
     "vectors in the paper's notation) are compared by φ, its eq. 4",
     "ranks are compared across seeds: a start of rank 8 is here the first columns of the rank-64 "
