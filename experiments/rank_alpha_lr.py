@@ -17,9 +17,9 @@ shapes agree, the start. Whatever the answers are, they stand in `rank_alpha_lr.
 intervals, and every member in `rank_alpha_lr.csv`, in the workdir or in `--out`.
 
 The same command goes on where it was; each sweep has its report. `GLUE_DIR` names a folder with
-TFDS's glue, if it is not in the usual place. `--scale smoke`: 24 members of two steps; `small`: 120
-members of 250 steps of 16 sentences; `full`: 355 members of an epoch, ranks to 256 and 5 seeds, for
-a GPU.
+TFDS's glue, if it is not in the usual place. `--scale smoke`: 24 members of two steps; `small`: 141
+members of 200 steps of 16 sentences, about 100 minutes on 2 CPU cores by the speed of
+`configs/sweep_quick.py`; `full`: 355 members of an epoch, ranks to 256 and 5 seeds, for a GPU.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ class Scale:
 SCALES = {
     "smoke": Scale((1, 4), (5, 4), 4, (-3.0, -2.5), (-4.5, -4.0), 2, 2, 4,
                    {"data.validation": "validation[:8]", "data.source.split": "train[:16]"}),
-    "small": Scale((1, 4, 16, 64), (20, 16), 64, (-4.0, -2.0), (-5.0, -3.0), 3, 250, 16),
+    "small": Scale((1, 4, 16, 64), (20, 16), 64, (-4.5, -2.0), (-5.0, -3.0), 3, 200, 16,
+                   {"data.length": 32, "data.buckets": (16,), "data.too_long": "truncate"}),
     "full": Scale((1, 4, 16, 64, 256), (80, 64), 256, (-5.0, -1.5), (-5.5, -2.5), 5, 2104, 32),
 }  # fmt: skip
 
