@@ -64,7 +64,7 @@ NOTE = (
 
 
 def table(scale: str) -> Table:
-    names = list(METHODS) if scale == "small" else ["LoRA", "Prompt Tuning"]
+    names = ["LoRA", "Prompt Tuning"] if scale == "smoke" else list(METHODS)
     others = [name for name in names if name not in ("LoRA", "head only")]
     return Table(
         f"Every method at one budget, MiniLM-L6 on 2,000 sentences of CoLA, {scale}",
