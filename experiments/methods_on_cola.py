@@ -89,7 +89,7 @@ def _work(method: minilm.Method, scale: str) -> Trained:
 
 def _bench(method: minilm.Method) -> Sketch:
     work = _work(method, "small")
-    return Sketch(grid.configured(work.config, work.overrides))
+    return Sketch(grid.configured(work.config, {**work.overrides, "model.shape": minilm.SHAPE}))
 
 
 def _at_budget(name: str, kind: str, fields: Mapping[str, Any], rates: Any) -> Mapping[str, Any]:

@@ -6,14 +6,21 @@ By default 4,000 sentences of CoLA, one epoch, a method's best learning rate of 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
+
+from given_folders import CONFIGS, glue
 
 from lora_jax.tables import Claim, Published, Row, Trained
 
-CONFIG = Path(__file__).parents[1] / "configs" / "glue.py"
+CONFIG = CONFIGS / "glue.py"
+# Its config.json, for what is asked of the shape alone, where the package is not installed.
+SHAPE = {
+    "model_type": "bert", "architectures": ["BertModel"], "vocab_size": 30522, "hidden_size": 384,
+    "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12,
+    "hidden_act": "gelu", "max_position_embeddings": 512, "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12, "pad_token_id": 0,
+}  # fmt: skip
 HEAD = ("^head/",)  # the new head trains whole, beside any method
 LORA_RATES = (1e-3, 4e-3)
 FULL_RATES = (5e-5, 2e-4)
@@ -36,8 +43,6 @@ def trained(
     """
     kind, fields, rates = method
     spec = {"task": "cola", "epochs": 1, "examples": 4000, **arg}
-    if folder := os.environ.get("GLUE_DIR"):
-        spec["data_dir"] = folder
     fields = fields if kind == "full" else {"train": HEAD, **fields}
     overrides = {"method.kind": kind, **{f"method.{k}": v for k, v in fields.items()}}
     if scale == "smoke":
@@ -45,8 +50,7 @@ def trained(
         overrides |= {"training.steps": 2, "training.eval_every": 2,
                       "data.validation": "validation[:16]"}  # fmt: skip
     tried = grid or [{"optimizer.learning_rate": rate} for rate in rates]
-    words = ",".join(f"{name}={value}" for name, value in spec.items())
-    return Trained(f"{CONFIG}:{words}", metric, overrides, tried)
+    return Trained(glue(**spec), metric, overrides, tried)
 
 
 def rows(

@@ -66,12 +66,7 @@ def test_inside_of_adapters_across_ranks_and_seeds(
 
 
 # The shapes of MiniLM-L6 and SmolLM2-135M: nothing of their size is made.
-BERT = {
-    "model_type": "bert", "architectures": ["BertModel"], "vocab_size": 30522, "hidden_size": 384,
-    "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12,
-    "hidden_act": "gelu", "max_position_embeddings": 512, "type_vocab_size": 2,
-    "layer_norm_eps": 1e-12, "pad_token_id": 0,
-}  # fmt: skip
+BERT = configs.load_module(str(EXPERIMENTS / "minilm.py")).SHAPE
 LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 49152,
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
