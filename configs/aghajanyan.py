@@ -14,12 +14,11 @@ transforms are most of a step's time. A run ends when `patience` epochs in a row
 
 from typing import Any
 
+import glue
 import ml_collections
 
 from lora_jax.config import parse_arg
 
-# Training examples, for epochs in steps (GLUE as TFDS 2.0.0 has it).
-SIZES = {"cola": 8551, "sst2": 67349, "mrpc": 3668, "qqp": 363849, "rte": 2490}
 METHODS = {
     "did": {"kind": "subspace", "scope": "tensor"},
     "said": {"kind": "subspace", "scope": "tensor", "scales": "layer"},
@@ -35,37 +34,24 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         epochs=20, patience=3, batch=32, rate=0.01, examples=0, length=128, random=False,
         embeddings=True, projection="fastfood", seed=0, data_dir="",
     )  # fmt: skip
-    examples = args.examples or SIZES[args.task]
-    epoch = examples // args.batch
-    config = ml_collections.ConfigDict()
-    config.model = {"source": args.model, "head_seed": args.seed}
+    config = glue.get_config(
+        f"task={args.task},model={args.model},batch={args.batch},length={args.length},"
+        f"epochs={args.epochs},examples={args.examples},seed={args.seed},data_dir={args.data_dir}"
+    )
+    epoch = config.training.steps // args.epochs
+    config.model.head_seed = args.seed
     if args.random:
         config.model.init_seed = args.seed
     config.method = _method(args)
-    config.data = {
-        "source": {
-            "kind": "tfds",
-            "name": f"glue/{args.task}",
-            "split": f"train[:{args.examples}]" if args.examples else "train",
-            "data_dir": args.data_dir or None,
-        },
-        "task": {"kind": "glue", "name": args.task, "max_length": args.length},
-        "validation": "validation",
-        "batch_size": args.batch,
-        "length": args.length,
-        "packing": False,
-        "buckets": tuple(n for n in (16, 32, 64) if n < args.length),
-        "seed": args.seed,
-    }
+    config.data.seed = args.seed
     config.optimizer = {"name": "adam", "learning_rate": args.rate, "schedule": "constant"}
+    # Whole epochs of whole batches, so that an evaluation is at the end of one.
     config.training = {
         "steps": args.epochs * epoch,
         "eval_every": epoch,
         "patience": args.patience,
         "keep": "best",
     }
-    config.evaluation = {"batch_size": 64}
-    config.seed = args.seed
     return config
 
 

@@ -14,10 +14,11 @@ embeddings are left out of the subspace there. `GLUE_DIR` names a folder with TF
 not in the usual place. `smoke`: a few steps.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from given_folders import CONFIGS, glue
 
 from lora_jax.sweeps import smallest
 from lora_jax.sweeps.ladder import Ladder
@@ -25,7 +26,7 @@ from lora_jax.sweeps.smallest_plots import compare
 from lora_jax.tables import Baseline, Published, Row, Searched, Table
 from lora_jax.tables.table import Filled
 
-CONFIG = Path(__file__).parents[1] / "configs" / "aghajanyan.py"
+CONFIG = CONFIGS / "aghajanyan.py"
 RATES = {
     "did": (1e-3, 3e-3, 1e-2), "said": (1e-3, 3e-3, 1e-2), "lora": (1e-3, 4e-3),
     "full": (5e-5, 2e-4), "head": (2e-3, 1e-2),
@@ -40,12 +41,6 @@ NOTES = (
 
 def table(scale: str) -> Table:
     return {"smoke": _smoke, "small": _small, "paper": _paper}[scale]()
-
-
-def _config(method: str, **arg: object) -> str:
-    folder = os.environ.get("GLUE_DIR", "")
-    full = {"method": method, **arg, **({"data_dir": folder} if folder else {})}
-    return f"{CONFIG}:{','.join(f'{k}={v}' for k, v in full.items())}"
 
 
 def _rates(method: str) -> list[dict[str, Any]]:
@@ -63,7 +58,7 @@ def _search(
     }
     of_rank = method == "lora"
     return Searched(
-        _config(method, task=task.lower().replace("-", ""), **arg), ladder,
+        glue(CONFIG, method=method, task=task.lower().replace("-", ""), **arg), ladder,
         full=baselines["full"],
         head_only=baselines["head"] if gain else None,
         overrides=overrides,

@@ -118,13 +118,10 @@ def scaled(scales: Any, factor: jax.Array) -> Any:
 
 def _figures(filled: Filled, folder: Path) -> Sequence[Path]:
     """Forward mode over the central difference: the diagonal is agreement."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from lora_jax.sweeps.plots import new_figure
 
     values = {(x.row.row, x.row.metric): x.measured.values for x in filled.lines}
-    figure, axes = pyplot.subplots(figsize=(5, 5), layout="constrained")
+    figure, axes = new_figure(height=5.0, width=5.0)
     for k, side in enumerate(SIDES):
         pairs = [
             (there[seed], value)
@@ -144,5 +141,4 @@ def _figures(filled: Filled, folder: Path) -> Sequence[Path]:
     axes.legend()
     path = folder / "beyond_sensitivities.png"
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
     return [path]

@@ -10,12 +10,10 @@ seeds, medians; for a GPU and the hub. `small`: MiniLM-L6 (extra `minilm`) on Co
 one row.
 """
 
-import os
-from pathlib import Path
+from given_folders import glue
 
 from lora_jax.tables import Claim, NotRun, Published, Row, Table, Trained
 
-CONFIG = Path(__file__).parents[1] / "configs" / "glue.py"
 PUBLISHED = "lora_t02_glue"
 TASKS = {
     "CoLA": "cola", "SST-2": "sst2", "MNLI": "mnli", "MRPC": "mrpc", "QNLI": "qnli", "QQP": "qqp",
@@ -63,12 +61,6 @@ def table(scale: str) -> Table:
     return {"smoke": _smoke, "small": _small, "paper": _paper}[scale]()
 
 
-def _config(**arg: object) -> str:
-    folder = os.environ.get("GLUE_DIR", "")
-    full = {**arg, **({"data_dir": folder} if folder else {})}
-    return f"{CONFIG}:{','.join(f'{k}={v}' for k, v in full.items())}"
-
-
 def _published(method: str, task: str) -> Published | None:
     """Of RoBERTa-base; LoRA's row is the one that starts from MNLI where the paper does."""
     if method == "head only":
@@ -80,7 +72,7 @@ def _published(method: str, task: str) -> Published | None:
 def _small() -> Table:
     rows = []
     for task, examples, epochs in (("CoLA", 0, 2), ("SST-2", 10_000, 1)):
-        config = _config(task=TASKS[task], epochs=epochs, examples=examples)
+        config = glue(task=TASKS[task], epochs=epochs, examples=examples)
         for method, overrides in METHODS.items():
             grid = [{"optimizer.learning_rate": rate} for rate in RATES[method]]
             work = Trained(config, METRICS[task], overrides, grid)
@@ -106,7 +98,7 @@ def _paper() -> Table:
             # The dagger is of the row's setup: all its tasks start from the pretrained model.
             chained = name in ("mrpc", "rte", "stsb") and "dagger" not in label
             start = {"start": f"runs/lora_table2/paper/{preset}-mnli/adapter"} if chained else {}
-            work = Trained(_config(task=name, preset=preset, **start), METRICS[task])
+            work = Trained(glue(task=name, preset=preset, **start), METRICS[task])
             where = {"model": model, "method": method, "trainable_params_M": size,
                      "houlsby_setup_dagger": str("dagger" in label)}  # fmt: skip
             rows.append(Row(label, task, work, Published(PUBLISHED, where, task, times=0.01)))
@@ -131,7 +123,7 @@ def _paper() -> Table:
 
 def _smoke() -> Table:
     work = Trained(
-        _config(task="cola", epochs=1), "matthews",
+        glue(task="cola", epochs=1), "matthews",
         {**LORA, "training.steps": 2, "training.eval_every": 2, "data.source.split": "train[:64]",
          "data.validation": "validation[:32]"},
     )  # fmt: skip

@@ -9,12 +9,12 @@ settings, for a GPU. `small`: SmolLM2-135M (extra `quickstart`) on 500 pairs, th
 metrics need the extra `metrics`; METEOR needs Java.
 """
 
-import os
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+
+from given_folders import e2e, e2e_split
 
 from lora_jax.tables import Claim, Published, Row, Table, Trained
 
-CONFIG = Path(__file__).parents[1] / "configs" / "e2e.py"
 PUBLISHED = "lora_t03_e2e"
 # Metric of a run, and what its unit is to the paper's (BLEU, METEOR and ROUGE-L are x100 there).
 METRICS = {"BLEU": ("bleu", 0.01), "NIST": ("nist", 1.0), "MET": ("meteor", 0.01),
@@ -48,25 +48,10 @@ NOTES = (
 def table(scale: str) -> Table:
     if scale == "paper":
         return _paper()
-    pairs, records = (500, 48) if scale == "small" else (16, 2)
-    steps = 3 * pairs // 8
+    pairs = 500 if scale == "small" else 16
     chosen = SMALL if scale == "small" else {("LoRA", 0.35): 2e-3}
-    rows = []
-    for (method, size), rate in chosen.items():
-        overrides = {
-            **SHORT, **METHODS[method, size], "optimizer.learning_rate": rate,
-            "data.source.split": f"{split('train')}[:{pairs}]",
-            "data.validation": f"{split('test')}[:{records}]",
-        }  # fmt: skip
-        if scale == "smoke":
-            overrides |= {"training.steps": 1, "optimizer.warmup_steps": 0,
-                          "evaluation.max_new_tokens": 4}  # fmt: skip
-        config = f"{CONFIG}:model=smollm2-135m,steps={steps},folder={os.environ.get('E2E_DIR', '')}"
-        for column, (metric, _) in METRICS.items():
-            if column == "MET":
-                continue
-            work = Trained(config, metric, overrides)
-            rows.append(Row(f"SmolLM2 {method}", column, work, None))
+    arms = {method: (METHODS[method, size], rate) for (method, size), rate in chosen.items()}
+    rows = small_rows(arms, scale, pairs, [column for column in METRICS if column != "MET"])
     claims = [Claim("SmolLM2 LoRA", f"SmolLM2 {m}", "BLEU") for m, _ in chosen if m != "LoRA"]
     return Table(
         f"LoRA paper, Table 3 (E2E), {scale}: SmolLM2-135M on {pairs} pairs", tuple(rows),
@@ -76,18 +61,39 @@ def table(scale: str) -> Table:
     )  # fmt: skip
 
 
-def split(name: str) -> str:
-    original = {"train": "trainset", "test": "testset_w_refs"}
-    return original[name] if os.environ.get("E2E_DIR") else name
+def small_rows(
+    arms: Mapping[str, tuple[Mapping[str, object], float]],
+    scale: str,
+    pairs: int,
+    columns: Sequence[str],
+) -> list[Row]:
+    """SmolLM2-135M on the first pairs, three epochs: arms are (overrides, learning rate) by name.
+
+    `smoke` takes one step.
+    """
+    records = 2 if scale == "smoke" else 48
+    config = e2e("smollm2-135m", steps=3 * pairs // 8)
+    rows = []
+    for name, (fields, rate) in arms.items():
+        overrides = {
+            **SHORT, **fields, "optimizer.learning_rate": rate,
+            "data.source.split": f"{e2e_split('train')}[:{pairs}]",
+            "data.validation": f"{e2e_split('test')}[:{records}]",
+        }  # fmt: skip
+        if scale == "smoke":
+            overrides |= {"training.steps": 1, "optimizer.warmup_steps": 0,
+                          "evaluation.max_new_tokens": 4}  # fmt: skip
+        for column in columns:
+            work = Trained(config, METRICS[column][0], overrides)
+            rows.append(Row(f"SmolLM2 {name}", column, work, None))
+    return rows
 
 
 def _paper() -> Table:
     rows = []
     for (method, size), overrides in METHODS.items():
         where = {"model": "GPT-2 M", "method": method, "trainable_params_M": size}
-        config = (
-            f"{CONFIG}:model=openai-community/gpt2-medium,folder={os.environ.get('E2E_DIR', '')}"
-        )
+        config = e2e("openai-community/gpt2-medium")
         for column, (metric, times) in METRICS.items():
             work = Trained(config, metric, overrides)
             rows.append(

@@ -7,12 +7,10 @@ to MiniLM-L6 (extra `minilm`) on 4,000 sentences of CoLA, one epoch, each at its
 of two. All members of a row's grid are one program. `GLUE_DIR` names a folder with TFDS's glue.
 """
 
-import os
-from pathlib import Path
+from given_folders import glue
 
 from lora_jax.tables import Claim, NotRun, Published, Row, Table, Trained
 
-CONFIG = str(Path(__file__).parents[1] / "configs" / "glue.py")
 MATRICES = {
     "Wq": "query", "Wk": "key", "Wv": "value", "Wo": "out", "Wq+Wk": "query|key",
     "Wq+Wv": "query|value", "Wq+Wk+Wv+Wo": "query|key|value|out",
@@ -41,7 +39,7 @@ def table(scale: str) -> Table:
             rows.append(Row(name, "MNLI accuracy", work, published))
             continue
         work = Trained(
-            _config(scale), "matthews",
+            glue(task="cola", epochs=1, examples=64 if scale == "smoke" else 4000), "matthews",
             {"method.targets": f"attention/({MATRICES[weights]})$", "method.rank": rank,
              "method.alpha": float(rank), **_short(scale)},
             [{"optimizer.learning_rate": rate} for rate in RATES],
@@ -58,13 +56,6 @@ def table(scale: str) -> Table:
         ),
         cost="about 40 minutes on 2 CPU cores",
     )  # fmt: skip
-
-
-def _config(scale: str) -> str:
-    arg = {"task": "cola", "epochs": 1, "examples": 64 if scale == "smoke" else 4000}
-    if folder := os.environ.get("GLUE_DIR"):
-        arg["data_dir"] = folder
-    return f"{CONFIG}:{','.join(f'{k}={v}' for k, v in arg.items())}"
 
 
 def _short(scale: str) -> dict[str, object]:

@@ -8,9 +8,8 @@ SmolLM2-135M (extra `quickstart`) on 250 pairs, three epochs. The metrics need t
 METEOR needs Java.
 """
 
-import os
-
-from lora_table3 import CONFIG, METRICS, SHORT, split
+from given_folders import e2e
+from lora_table3 import METRICS, small_rows
 
 from lora_jax.tables import Claim, Published, Row, Table, Trained
 from lora_jax.tables.presets import row
@@ -66,7 +65,7 @@ def _paper() -> Table:
 def _config(model: str, named: str) -> str:
     paper = row("prefix_hparams", method=named, task="E2E")
     steps = paper["epochs"] * PAIRS // paper["batch_size"]
-    return f"{CONFIG}:model={model},steps={steps},folder={os.environ.get('E2E_DIR', '')}"
+    return e2e(model, steps=steps)
 
 
 def _settings(named: str) -> dict[str, object]:
@@ -82,23 +81,12 @@ def _settings(named: str) -> dict[str, object]:
 
 
 def _small(scale: str) -> Table:
-    pairs, records = (250, 48) if scale == "small" else (16, 2)
-    arms = {f"Prefix, length {n}": ({"method.kind": "prefix_tuning", "method.length": n}, 3e-3)
-            for n in LENGTHS} | {"FT": ({"method.kind": "full"}, 5e-5)}  # fmt: skip
-    rows = []
-    for name, (overrides, rate) in arms.items():
-        chosen = {
-            **SHORT, **overrides, "optimizer.learning_rate": rate,
-            "data.source.split": f"{split('train')}[:{pairs}]",
-            "data.validation": f"{split('test')}[:{records}]",
-        }  # fmt: skip
-        if scale == "smoke":
-            chosen |= {"training.steps": 1, "optimizer.warmup_steps": 0,
-                       "evaluation.max_new_tokens": 4}  # fmt: skip
-        folder = os.environ.get("E2E_DIR", "")
-        config = f"{CONFIG}:model=smollm2-135m,steps={3 * pairs // 8},folder={folder}"
-        rows += [Row(f"SmolLM2 {name}", column, Trained(config, METRICS[column][0], chosen))
-                 for column in ("BLEU", "ROUGE-L")]  # fmt: skip
+    pairs = 250 if scale == "small" else 16
+    arms: dict[str, tuple[dict[str, object], float]] = {
+        f"Prefix, length {n}": ({"method.kind": "prefix_tuning", "method.length": n}, 3e-3)
+        for n in LENGTHS
+    } | {"FT": ({"method.kind": "full"}, 5e-5)}
+    rows = small_rows(arms, scale, pairs, ("BLEU", "ROUGE-L"))
     claims = [Claim(f"SmolLM2 Prefix, length {n}", "SmolLM2 FT", "BLEU") for n in LENGTHS]
     if scale == "smoke":
         rows, claims = rows[:2], []

@@ -28,20 +28,19 @@ import argparse
 import dataclasses
 import itertools
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import best_rates as best
 import pandas as pd
+from given_folders import glue
 
 from lora_jax import statistics
 from lora_jax.experiment import to_dict
 from lora_jax.sweeps import grid, report
 from lora_jax.sweeps.sweep import Options, Sweep
 
-CONFIG = Path(__file__).parents[1] / "configs" / "glue.py"
 TASK, METRIC, NAME = "sst2", "accuracy", "rank_alpha_lr"
 RATE = "optimizer.learning_rate"
 ALPHA = 32.0
@@ -145,8 +144,7 @@ def measure(
 
 
 def configured(scale: Scale) -> dict[str, Any]:
-    folder = os.environ.get("GLUE_DIR", "")
-    spec = f"{CONFIG}:task={TASK},batch={scale.batch},data_dir={folder}"
+    spec = glue(task=TASK, batch=scale.batch)
     further = {"training.steps": scale.steps, "training.eval_every": 0, "training.keep": "last"}
     return to_dict(grid.configured(spec, {**further, **scale.overrides}))
 

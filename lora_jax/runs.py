@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax import host, partition, pretrained, training
+from lora_jax import bases, host, partition, pretrained, training
 from lora_jax.errors import UserError
 from lora_jax.experiment import Experiment, from_dict, to_dict
 from lora_jax.training.spectra import Row, rows, update_spectra
@@ -170,7 +170,7 @@ def finish(
     kept, trained = method.settle(bench.params, trainable)
     pretrained.save_adapter(
         folder / "adapter", bench.model, kept, trained, params=bench.params,
-        base_name=bench.base_name,
+        base_name=bases.name(experiment.model),
     )  # fmt: skip
     result = {
         "status": "finished",
@@ -181,7 +181,7 @@ def finish(
         ),
         "peak_memory_bytes": peak_memory_bytes(),
         **extra,
-        "base_sha256": bench.base_sha256,
+        "base_sha256": bases.sha256(experiment.model),
         "data": {"name": describe(experiment.data.source), "fingerprint": bench.fingerprint},
         "seed": experiment.seed,
         "config": to_dict(experiment),

@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import pretrained, training
+from lora_jax import bases, pretrained, training
 from lora_jax.data import loader
 from lora_jax.data.placeholders import behind_prompts
 from lora_jax.data.tasks.text import Text
@@ -23,7 +22,6 @@ from lora_jax.errors import UserError
 from lora_jax.experiment import Experiment, to_dict
 from lora_jax.pretrained.load import family_of
 from lora_jax.tensors import adapt
-from lora_jax.tensors.quantized import quantize
 from lora_jax.training import decoding, evaluation, loss, prompts
 
 Batch = dict[str, Any]
@@ -63,77 +61,8 @@ class Workbench:
         return model, self.experiment.method.arrange(params)
 
     def _load(self) -> tuple[Any, Any]:
-        """(model, parameters), quantised where `model.quantize` asks for it.
-
-        The dense model then lies in the host's memory, and its leaves go to the device one at a
-        time (a stack of layers is one leaf) to be quantised there: it is never whole on an
-        accelerator. On a mesh it is, in its shards, until it is quantised; the quantised leaves
-        are whole on every device of it.
-        """
-        m = self.experiment.model
-        if m.init_seed is not None:
-            return self._draw(m.init_seed)
-        if m.shape is not None:
-            raise UserError(
-                "model.shape has no weights to train: set model.source instead, or model.init_seed "
-                "to draw them"
-            )
-        head = {} if self.task.head == "lm" else {"num_labels": self.task.num_labels}
-        placed: dict[str, Any] = {}
-        if self.mesh is not None:
-            shardings = training.load_shardings(self.mesh, self.sharding_rules)
-            placed = {"mesh": self.mesh, "shardings": shardings}
-        load = functools.partial(
-            pretrained.load_pretrained,
-            m.source,
-            dtype=m.dtype,
-            compute_dtype=m.compute_dtype,
-            remat=m.remat,
-            unroll=m.unroll,
-            head=self.task.head,
-            head_seed=m.head_seed,
-            **head,
-            **placed,
-        )
-        if m.quantize is None:
-            return load()
-        if self.mesh is not None:
-            model, params = load()
-            params = quantize(params, m.quantize)
-            places = training.shardings(params, self.mesh, self.sharding_rules)
-            return model, jax.device_put(params, places)
-        (device,) = jnp.zeros(()).devices()
-        with jax.default_device(_host()):
-            model, params = load()
-        return model, quantize(params, m.quantize, device=device)
-
-    def _draw(self, seed: int) -> tuple[Any, Any]:
-        """(model, parameters), none of them pretrained."""
-        m = self.experiment.model
-        head = {} if self.task.head == "lm" else {"num_labels": self.task.num_labels}
-        model, params = pretrained.draw(
-            pretrained.hf_config(m.source, m.shape), seed,
-            dtype=m.dtype, compute_dtype=m.compute_dtype, remat=m.remat, unroll=m.unroll,
-            head=self.task.head, **head,
-        )  # fmt: skip
-        if m.quantize is not None:
-            params = quantize(params, m.quantize)
-        if self.mesh is not None:
-            places = training.shardings(params, self.mesh, self.sharding_rules)
-            params = jax.device_put(params, places)
-        return model, params
-
-    @property
-    def base_sha256(self) -> str | None:
-        """Of the files that hold the weights; None where they are drawn."""
-        m = self.experiment.model
-        return None if m.init_seed is not None else pretrained.base_sha256(m.source)
-
-    @property
-    def base_name(self) -> str:
-        """What the adapter calls its base; "" where there is none to load."""
-        m = self.experiment.model
-        return "" if m.init_seed is not None else m.source
+        """(model, parameters) as the experiment's `model` says."""
+        return bases.load(self.experiment.model, self.task, self.mesh, self.sharding_rules)
 
     @property
     def sharding_rules(self) -> Any:
@@ -403,16 +332,6 @@ class Workbench:
         run = jax.jit(self.loss_sums)
         sums = [run(variables, _arrays(b)) for b in self.general_batches]
         return {"general_loss": mean_of(sums)}
-
-
-def _host() -> Any:
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:
-        raise UserError(
-            "model.quantize loads the dense weights on the host, but JAX was told to leave its "
-            "CPU out: set JAX_PLATFORMS to cuda,cpu (or tpu,cpu), or leave it unset"
-        ) from None
 
 
 def mean_of(sums: Sequence[tuple[Any, Any]]) -> float:

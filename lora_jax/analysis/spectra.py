@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import scipy.linalg
 
 from lora_jax.analysis.arrays import Array, dot, library, ratio, turned
 
@@ -44,6 +43,8 @@ def leading(m: Array, k: int) -> SVD:
     k = min(k, n)
     gram = dot(m, turned(m))
     if xp is np and m.ndim == 2:
+        import scipy.linalg  # here: a training run, which needs no part of it, starts sooner
+
         squares, u = scipy.linalg.eigh(gram, subset_by_index=(n - k, n - 1))
     else:
         squares, u = xp.linalg.eigh(gram)

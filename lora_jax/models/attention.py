@@ -147,25 +147,24 @@ class Attention(nn.Module):
         Where only one position is read (`Context.read`), x comes out as [B, 1, D].
         """
         batch, length, width = x_BTD.shape
-        reads_BTD = context.narrow(x_BTD)
+        # What queries are made of, and what keys are: activations, cosines and sines.
+        keys = (x_BTD, context.cos, context.sin)
+        queries = jax.tree.map(context.narrow, keys)
 
         def project(name: str, heads: int, x_BTD: jax.Array) -> jax.Array:
             y = dense(heads * self.head_dim, self.bias, self.dtype, name)(x_BTD)
             return y.reshape(batch, -1, heads, self.head_dim)
 
-        def placed(name: str, heads: int, x_BTD: jax.Array, narrow: bool) -> jax.Array:
+        def placed(
+            name: str, heads: int, x_BTD: jax.Array, cos: jax.Array | None, sin: jax.Array | None
+        ) -> jax.Array:
             y = project(name, heads, x_BTD)
             if self.head_norm_eps is not None:
                 y = RMSNorm(self.head_norm_eps, self.dtype, name=f"{name}_norm")(y)
-            if context.cos is None or context.sin is None:
-                return y
-            cos, sin = context.cos, context.sin
-            if narrow:
-                cos, sin = context.narrow(cos), context.narrow(sin)
-            return rotary.rotate(y, cos, sin)
+            return y if cos is None or sin is None else rotary.rotate(y, cos, sin)
 
-        q_BTNH = placed("query", self.num_heads, reads_BTD, True)
-        k_BSKH = placed("key", self.num_kv_heads, x_BTD, False)
+        q_BTNH = placed("query", self.num_heads, *queries)
+        k_BSKH = placed("key", self.num_kv_heads, *keys)
         v_BSKH = project("value", self.num_kv_heads, x_BTD)
         if cache is not None:
             k_BSKH = _write(cache["key"], k_BSKH, context.slot)
@@ -191,7 +190,7 @@ class Attention(nn.Module):
         y_BTD = dense(width, self.out_bias, self.dtype, "out")(
             y_BTNH.reshape(batch, y_BTNH.shape[1], -1)
         )
-        return site(self, "out", y_BTD, inputs=reads_BTD), cache
+        return site(self, "out", y_BTD, inputs=queries[0]), cache
 
     def _attend(
         self,

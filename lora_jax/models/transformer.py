@@ -85,7 +85,7 @@ class Transformer(nn.Module):
         """The head of a decoder: one kernel, unless it is the embedding."""
         c = self.config
         if c.head == "pooling":
-            raise UserError(f"{type(self).__name__} has no pooling head; use an encoder (BERT).")
+            raise self._no_pooling()
         if c.head is None or (c.head == "lm" and c.tied):
             return {}
         outputs = c.vocab_size if c.head == "lm" else c.num_labels
@@ -140,8 +140,12 @@ class Transformer(nn.Module):
         return self.head(x_BD)
 
     def pooled(self, hidden: jax.Array, attention_mask: jax.Array | None) -> jax.Array:
-        """Hidden states [B, T, D] -> [B, D], for head="pooling"."""
-        raise NotImplementedError
+        """Hidden states [B, T, D] -> [B, D], for head="pooling"; here, there is none."""
+        raise self._no_pooling()
+
+    @nn.nowrap
+    def _no_pooling(self) -> UserError:
+        return UserError(f"{type(self).__name__} has no pooling head; use an encoder (BERT).")
 
     # --- calls ------------------------------------------------------------------------------------
 

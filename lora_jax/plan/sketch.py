@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lora_jax import training
+from lora_jax import bases, training
 from lora_jax.errors import UserError
 from lora_jax.experiment import Experiment
 from lora_jax.plan.devices import device_memory, mesh_for, parse_memory
@@ -63,14 +63,8 @@ class Sketch(Workbench):
 
     def _load(self) -> tuple[Any, Any]:
         m = self.experiment.model
-        head = {} if self.task.head == "lm" else {"num_labels": self.task.num_labels}
-        options = {
-            "dtype": _dtype(m.compute_dtype or m.dtype).name,
-            "remat": m.remat,
-            "unroll": m.unroll,
-            "head": self.task.head,
-            **head,
-        }
+        dtype = _dtype(m.compute_dtype or m.dtype).name
+        options = {"dtype": dtype, **bases.options(m, self.task)}
         model = build_model(hf_config(m.source, m.shape), options)
         params = abstract_params(family_of(model).tensors(model.config), _dtype(m.dtype))
         if m.quantize is not None:
