@@ -6,19 +6,19 @@ The first 2000 pairs, SmolLM2-135M, LoRA r=8 on query and value, loss on the com
 step holds about as many examples in every arm: 4 rows of 128 packed tokens take 8.3 of them, the
 padded batch 8. Both packed arms see the very same batches and start, so that their losses agree.
 
-Arms take turns of some steps; figures leave out compilation and first steps, which are reported
-apart. `--full` trains one epoch of each arm. Memory is that of a process of its own. Default: about
-5 minutes on 2 cores. Limits: examples/s at least 1.8 times padded, 1.2 times packed.
+Each arm has a process of its own (see end_to_end_arms.py), and they take turns of some steps;
+figures leave out compilation and first steps, which are reported apart. `--full` trains one epoch
+of each arm. Default: about 5 minutes on 2 cores. Limits: examples/s at least 1.8 times padded, 1.2
+times packed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import os
-import subprocess
-import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,9 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import benchmarking as bench
 import end_to_end_arms as arms
 import torch_peer
-from end_to_end_arms import Arm, Counted, Settings
+from end_to_end_arms import Settings
 
 LIMITS = (("padded", 1.8), ("packed", 1.2))
-MEMORY_STEPS = 3
 
 
 def arguments() -> argparse.Namespace:
@@ -42,7 +41,6 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--pairs", type=int, default=2000, help="how many, from the first")
     parser.add_argument("--arms", default=",".join(arms.ARMS), help="separated by commas")
-    parser.add_argument("--measure", default="speed,memory", help="one of these, or both")
     parser.add_argument("--steps", type=int, default=20, help="of each arm")
     parser.add_argument("--turn", type=int, default=5, help="steps before the next arm's turn")
     parser.add_argument("--full", action="store_true", help="one epoch in place of --steps")
@@ -52,16 +50,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=128, help="tokens of a packed row")
     parser.add_argument("--batch", type=int, default=8, help="examples of a padded step")
     parser.add_argument("--chunk", type=int, default=128, help="positions of ours at the head")
-    parser.add_argument("--unroll", type=int, default=1, help="layers per iteration of ours")
+    parser.add_argument("--unroll", type=int, help="layers per iteration of ours")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="PEFT; on a GPU by default"
     )
     parser.add_argument("--out", type=Path, help="JSON file; a plot is written beside it")
     options = parser.parse_args()
-    options.arms, options.measure = options.arms.split(","), options.measure.split(",")
-    wrong = {*options.arms} - {*arms.ARMS} | {*options.measure} - {"speed", "memory"}
-    if wrong:
-        parser.error(f"{', '.join(sorted(wrong))}: no such arm or measure")
+    options.arms = options.arms.split(",")
+    if wrong := {*options.arms} - {*arms.ARMS}:
+        parser.error(f"{', '.join(sorted(wrong))}: no such arm")
     return options
 
 
@@ -77,21 +74,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
     )
 
 
-def build(name: str, settings: Settings, folder: Path, found: list[Any], pad_id: int) -> Arm:
-    weights, start = folder / "weights", folder / "start"
-    if name == "ours":
-        return arms.ours(settings, weights, found, pad_id)
-    if name == "packed":
-        batches = Counted(arms.packed_batches(settings, found, pad_id), torch_peer.packed)
-    else:
-        batches = Counted(
-            torch_peer.padded(found, settings.batch, seed=settings.seed, pad_id=pad_id)
-        )
-    return arms.peft(settings, weights, start, batches)
-
-
 def take_turns(
-    built: dict[str, Arm], steps: int, done: Callable[[list[dict[str, float]]], bool]
+    built: dict[str, bench.Process], steps: int, done: Callable[[list[dict[str, float]]], bool]
 ) -> dict[str, list[dict[str, float]]]:
     """Turns of `steps` updates, arm after arm, until `done` says of each that it has enough."""
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in built}
@@ -99,7 +83,8 @@ def take_turns(
     while waiting := [name for name in built if not done(turns[name])]:
         shift = number % len(waiting)  # no arm always runs after the same one
         for name in waiting[shift:] + waiting[:shift]:
-            turn = built[name].turn(steps)
+            time.sleep(bench.REST)
+            turn = built[name].ask("turn", steps=steps)
             turns[name].append(turn)
             rate = turn["examples"] / turn["seconds"]
             print(f"turn {number + 1}, {name}: {rate:.2f} examples/s, loss {turn['loss']:.3f}",
@@ -126,25 +111,25 @@ def rates(turns: list[dict[str, float]]) -> dict[str, Any]:
     }
 
 
-def speed(
-    options: argparse.Namespace, settings: Settings, folder: Path, found: list[Any], pad_id: int
-) -> dict[str, Any]:
-    """Figures of the arms that run in this process, in turns."""
-    built, first, sizes = {}, {}, {}
-    for name in options.arms:
-        built[name] = build(name, settings, folder, found, pad_id)
-        first[name] = built[name].turn(1)
+def measured(options: argparse.Namespace, folder: Path, examples: int) -> dict[str, Any]:
+    """Figures of the arms, in turns."""
+    with contextlib.ExitStack() as stack:
+        built = {
+            name: stack.enter_context(bench.Process("end_to_end_arms.py", name, folder))
+            for name in options.arms
+        }
+        first = {name: arm.ask("turn", steps=1) for name, arm in built.items()}
 
-    def done(turns: list[dict[str, float]]) -> bool:
-        if options.full:
-            return sum(t["examples"] for t in turns) >= len(found)
-        return sum(t["steps"] for t in turns) >= options.steps
+        def done(turns: list[dict[str, float]]) -> bool:
+            if options.full:
+                return sum(t["examples"] for t in turns) >= examples
+            return sum(t["steps"] for t in turns) >= options.steps
 
-    turns = take_turns(built, options.turn, done)
-    for name, arm in built.items():
-        arm.save(folder / f"adapter_{name}")
-        file = folder / f"adapter_{name}" / "adapter_model.safetensors"
-        sizes[name] = file.stat().st_size
+        turns = take_turns(built, options.turn, done)
+        found = {
+            what: {name: arm.ask(what) for name, arm in built.items()}
+            for what in ("compile_seconds", "memory", "save")
+        }
     per_example = {n: [t["seconds"] / t["examples"] for t in of] for n, of in turns.items()}
     rounds = min(len(of) for of in turns.values())
     cut = {n: of[:rounds] for n, of in per_example.items()}
@@ -152,41 +137,28 @@ def speed(
         "rates": {name: rates(of) for name, of in turns.items()},
         "speed_up": {other: bench.ratio(cut, other, "ours") for other, _ in LIMITS},
         "first_step_seconds": {name: turn["seconds"] for name, turn in first.items()},
-        "compile_seconds": {name: arm.compile_seconds for name, arm in built.items()},
-        "adapter_bytes": sizes,
+        "compile_seconds": found["compile_seconds"],
+        "adapter_bytes": found["save"],
+        "memory": found["memory"],
         "turns": turns,
     }
 
 
-def memory(names: list[str], folder: Path) -> dict[str, Any]:
-    """Peak memory of each arm, bytes, in a process of its own."""
-    found = {}
-    for name in names:
-        command = [sys.executable, str(Path(arms.__file__)), name, str(folder)]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found[name] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
-
-
-def report(results: dict[str, Any]) -> None:
-    if found := results.get("speed"):
-        print(f"{'arm':<8} {'examples/s':>10} {'min':>6} {'max':>6} {'real tokens/s':>13} "
-              f"{'fill':>5} {'per step':>8} {'compile s':>9} {'first s':>8} "
-              f"{'adapter B':>10} {'last loss':>9}")  # fmt: skip
-        for name, r in found["rates"].items():
-            s = r["examples_per_second"]
-            print(f"{name:<8} {s['median']:>10.2f} {s['min']:>6.2f} {s['max']:>6.2f} "
-                  f"{r['tokens_per_second']['median']:>13.1f} {r['fill']:>5.2f} "
-                  f"{r['examples'] / r['steps']:>8.2f} {found['compile_seconds'][name]:>9.1f} "
-                  f"{found['first_step_seconds'][name]:>8.1f} {found['adapter_bytes'][name]:>10} "
-                  f"{r['last_loss']:>9.3f}")  # fmt: skip
-        for other, limit in LIMITS:
-            value = found["speed_up"][other]
-            line = bench.verdict(f"ours/{other}", value and value["median"], limit, least=True)
-            print(f"{line}, examples/s, median of rounds")
-    for name, m in results.get("memory", {}).items():
-        print(f"{name:<8} peak {m['peak'] / 2**20:>6.0f} MiB, "
-              f"{m['before_training'] / 2**20:.0f} before training")  # fmt: skip
+def report(found: dict[str, Any]) -> None:
+    print(f"{'arm':<8} {'examples/s':>10} {'min':>6} {'max':>6} {'real tokens/s':>13} "
+          f"{'fill':>5} {'per step':>8} {'compile s':>9} {'first s':>8} "
+          f"{'adapter B':>10} {'last loss':>9} {'peak MiB':>8}")  # fmt: skip
+    for name, r in found["rates"].items():
+        s = r["examples_per_second"]
+        print(f"{name:<8} {s['median']:>10.2f} {s['min']:>6.2f} {s['max']:>6.2f} "
+              f"{r['tokens_per_second']['median']:>13.1f} {r['fill']:>5.2f} "
+              f"{r['examples'] / r['steps']:>8.2f} {found['compile_seconds'][name]:>9.1f} "
+              f"{found['first_step_seconds'][name]:>8.1f} {found['adapter_bytes'][name]:>10} "
+              f"{r['last_loss']:>9.3f} {found['memory'][name]['peak'] / 2**20:>8.0f}")  # fmt: skip
+    for other, limit in LIMITS:
+        value = found["speed_up"][other]
+        line = bench.verdict(f"ours/{other}", value and value["median"], limit, least=True)
+        print(f"{line}, examples/s, median of rounds")
 
 
 def plot(path: Path, turns: dict[str, list[dict[str, float]]]) -> None:
@@ -223,20 +195,16 @@ def main() -> None:
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        found, pad_id = arms.prepare(settings, folder, MEMORY_STEPS)
-        results["examples"] = len(found)
-        if "speed" in options.measure:
-            results["speed"] = speed(options, settings, folder, found, pad_id)
-        if "memory" in options.measure:
-            results["memory"] = memory(options.arms, folder)
+        examples = arms.prepare(settings, folder)
+        results |= {"examples": examples, **measured(options, folder, examples)}
     import jax
 
     packages = ("lora-jax", "jax", "flax", "grain", "torch", "transformers", "peft")
     results |= bench.context(jax.devices()[0].device_kind, *packages)
     report(results)
     bench.write_results(options.out, results)
-    if options.out and "speed" in results:
-        plot(options.out.with_suffix(".png"), results["speed"]["turns"])
+    if options.out:
+        plot(options.out.with_suffix(".png"), results["turns"])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,10 @@ import numpy as np
 Arm = Callable[[], None]
 """Runs one update and waits for it."""
 
+REST = 0.5
+"""Seconds before an arm's turn: torch's threads were seen to spin on after their step, and to slow
+down the next arm by 15 %."""
+
 BUSY = 0.5
 """Load a core, of other programs, above which arms cannot be compared."""
 
@@ -27,7 +32,8 @@ BUSY = 0.5
 def interleaved(arms: Mapping[str, Arm], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
     """Seconds of each arm in each round. Arms take turns, so that a slow minute meets them all.
 
-    The order is turned round by round: no arm always runs after the same one.
+    The order is turned round by round: no arm always runs after the same one. Of a turn the second
+    update is timed, as in training updates follow each other.
     """
     for _ in range(warm_up):
         for run in arms.values():
@@ -36,12 +42,71 @@ def interleaved(arms: Mapping[str, Arm], rounds: int, warm_up: int = 1) -> dict[
     for number in range(rounds):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
+            time.sleep(REST)
+            arms[name]()
             start = time.perf_counter()
             arms[name]()
             seconds[name].append(time.perf_counter() - start)
         took = ", ".join(f"{name} {values[-1]:.3f} s" for name, values in seconds.items())
         print(f"round {number + 1}: {took}", flush=True)
     return seconds
+
+
+ANSWERS = "BENCHMARK_ANSWERS"  # where `serve` finds what to write to
+
+
+class Process:
+    """An arm in a process of its own, which `serve` answers in: its libraries, threads and
+    allocator are then as its users have them.
+
+    Args:
+      *command: a file beside this one, and its arguments.
+    """
+
+    def __init__(self, *command: object):
+        self._name = " ".join(map(str, command))
+        file, *args = map(str, command)
+        read, write = os.pipe()  # not its stdout: libraries print there
+        self._child = subprocess.Popen(
+            [sys.executable, str(Path(__file__).parent / file), *args],
+            stdin=subprocess.PIPE, text=True, pass_fds=[write],
+            env={**os.environ, ANSWERS: str(write)},
+        )  # fmt: skip
+        os.close(write)
+        self._answers = os.fdopen(read)
+
+    def ask(self, what: str, **arguments: Any) -> Any:
+        """What the other process's function of that name returns."""
+        child = self._child
+        assert child.stdin is not None
+        try:
+            child.stdin.write(json.dumps([what, arguments]) + "\n")
+            child.stdin.flush()
+            line = self._answers.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise SystemExit(f"{self._name} ended with status {child.wait()}; see above")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """Ends the process and waits for it."""
+        self._child.communicate()
+        self._answers.close()
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def serve(functions: Mapping[str, Callable[..., Any]]) -> None:
+    """Answers a `Process` until it closes."""
+    answers = os.fdopen(int(os.environ[ANSWERS]), "w")
+    for line in sys.stdin:
+        what, arguments = json.loads(line)
+        print(json.dumps(functions[what](**arguments)), file=answers, flush=True)
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:

@@ -2,14 +2,16 @@
 
     python experiments/end_to_end_arms.py ARM FOLDER
 
-runs one arm for a few steps in a process of its own and prints its peak memory as JSON; FOLDER is
-what `prepare` made. The PEFT arms load no JAX there.
+is an arm in a process of its own, which answers a `benchmarking.Process`; FOLDER is what `prepare`
+made. Ours keeps its memory as every `lora-jax` command does (`lora_jax.host.keep_memory`), and has
+to pack its batches; PEFT's arms read theirs, load no JAX, and have torch's and glibc's defaults.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import sys
 import time
@@ -41,7 +43,7 @@ class Settings:
     length: int
     batch: int
     chunk: int
-    unroll: int
+    unroll: int | None
     dtype: str
     rank: int = 8
     alpha: float = 16.0
@@ -125,12 +127,14 @@ def packed_batches(settings: Settings, found: list[Any], pad_id: int) -> Iterato
     )  # fmt: skip
 
 
-def ours(settings: Settings, weights: Path, found: list[Any], pad_id: int) -> Arm:
+def ours(settings: Settings, folder: Path) -> Arm:
     """lora_jax's loader, step and loop, as `lora-jax run` puts them together."""
     import lora_jax as lj
-    from lora_jax import training
+    from lora_jax import pretrained, training
 
-    s = settings
+    s, weights = settings, folder / "weights"
+    tokenizer = pretrained.load_tokenizer(weights)
+    found = examples(settings, tokenizer)
     model, params = lj.load_pretrained(weights, dtype=s.dtype, unroll=s.unroll)
     method = lj.LoRA(rank=s.rank, alpha=s.alpha)
     tx = training.make_optimizer(
@@ -139,9 +143,9 @@ def ours(settings: Settings, weights: Path, found: list[Any], pad_id: int) -> Ar
     state, frozen = training.init_state(method, params, tx, seed=s.seed), method.dropped(params)
     loss = functools.partial(training.chunked_loss, model, chunk=s.chunk)
     step = training.make_step(loss, method, tx)
-    first = next(packed_batches(s, found, pad_id))
+    first = next(packed_batches(s, found, tokenizer.pad_id))
     compiled, seconds = bench.compile_timed(step, frozen, state, first)
-    batches = Counted(packed_batches(s, found, pad_id))
+    batches = Counted(packed_batches(s, found, tokenizer.pad_id))
 
     def train(steps: int) -> list[float]:
         nonlocal state
@@ -156,28 +160,26 @@ def ours(settings: Settings, weights: Path, found: list[Any], pad_id: int) -> Ar
         state = fitted.state
         return [float(x) for x in losses]
 
-    def save(folder: Path) -> None:
-        lj.save_adapter(folder, model, method, state.trainable, params=params)
+    def save(to: Path) -> None:
+        lj.save_adapter(to, model, method, state.trainable, params=params)
 
     return Arm(batches, train, save, seconds)
 
 
-def peft(settings: Settings, weights: Path, adapter: Path | None, batches: Counted) -> Arm:
+def peft(name: str, settings: Settings, folder: Path) -> Arm:
     """PEFT on torch, from the start that lora_jax drew."""
     s = settings
+    convert = torch_peer.packed if name == "packed" else None
+    batches = Counted(_stored(folder / f"{name}.npz"), convert)
     trainer = torch_peer.Trainer(
-        weights, adapter=adapter, rank=s.rank, alpha=s.alpha, learning_rate=s.learning_rate,
-        dtype=s.dtype, device=s.device, compiled=s.compiled,
+        folder / "weights", adapter=folder / "start", rank=s.rank, alpha=s.alpha,
+        learning_rate=s.learning_rate, dtype=s.dtype, device=s.device, compiled=s.compiled,
     )  # fmt: skip
     return Arm(batches, functools.partial(trainer.train, batches), trainer.save_adapter)
 
 
-def prepare(settings: Settings, folder: Path, memory_steps: int) -> tuple[list[Any], int]:
-    """(examples, id of padding); and a folder that arms in processes of their own start from.
-
-    It gets the weights as transformers reads them, the adapter that training starts from, and a
-    few batches of each PEFT arm, of the padded one the longest of the epoch.
-    """
+def prepare(settings: Settings, folder: Path) -> int:
+    """Writes weights, start, settings and PEFT's batches of an epoch; the number of examples."""
     import jax
 
     import lora_jax as lj
@@ -194,46 +196,56 @@ def prepare(settings: Settings, folder: Path, memory_steps: int) -> tuple[list[A
         base_name=str(folder / "weights"),
     )  # fmt: skip
     pad_id = tokenizer.pad_id
-    packed = packed_batches(settings, found, pad_id)
-    epoch = torch_peer.padded(found, settings.batch, seed=settings.seed, pad_id=pad_id)
-    padded = [next(epoch) for _ in range(-(-len(found) // settings.batch))]
-    padded.sort(key=lambda batch: batch["input_ids"].size)
-    _store(folder / "packed.npz", [next(packed) for _ in range(memory_steps)])
-    _store(folder / "padded.npz", padded[-memory_steps:])
-    text = json.dumps({**dataclasses.asdict(settings), "memory_steps": memory_steps})
-    (folder / "settings.json").write_text(text)
-    return found, pad_id
+    packed = Counted(packed_batches(settings, found, pad_id))
+    _store(folder / "packed.npz", _until(packed, len(found)))
+    padded = Counted(torch_peer.padded(found, settings.batch, seed=settings.seed, pad_id=pad_id))
+    _store(folder / "padded.npz", _until(padded, len(found)))
+    (folder / "settings.json").write_text(json.dumps(dataclasses.asdict(settings)))
+    return len(found)
+
+
+def _until(batches: Counted, examples: int) -> list[Batch]:
+    """Batches until so many examples were in them."""
+    chosen: list[Batch] = []
+    while batches.examples < examples:
+        chosen.append(next(batches))
+    return chosen
 
 
 def _store(path: Path, batches: Sequence[Batch]) -> None:
     np.savez(path, **{f"{i}/{name}": x for i, b in enumerate(batches) for name, x in b.items()})
 
 
-def _stored(path: Path, steps: int) -> Iterator[Batch]:
+def _stored(path: Path) -> Iterator[Batch]:
+    """The batches of a file, again and again."""
     with np.load(path) as file:
-        for i in range(steps):
-            yield {n.split("/")[1]: file[n] for n in file.files if n.startswith(f"{i}/")}
+        names = sorted(file.files, key=lambda name: int(name.split("/")[0]))
+        grouped = itertools.groupby(names, key=lambda name: name.split("/")[0])
+        stored = [{name.split("/")[1]: file[name] for name in group} for _, group in grouped]
+    return itertools.cycle(stored)
 
 
-def alone(name: str, folder: Path) -> dict[str, Any]:
-    """A few steps of one arm in this process, and the memory it took."""
-    fields = json.loads((folder / "settings.json").read_text())
-    steps = fields.pop("memory_steps")
-    settings = Settings(**fields)
+def answer(name: str, folder: Path) -> None:
+    """Answers a `benchmarking.Process` with what one arm does, and what memory that took."""
+    settings = Settings(**json.loads((folder / "settings.json").read_text()))
     if name == "ours":
-        from lora_jax import pretrained
-
-        tokenizer = pretrained.load_tokenizer(folder / "weights")
-        found = examples(settings, tokenizer)
-        arm = ours(settings, folder / "weights", found, tokenizer.pad_id)
+        host.keep_memory()
+        arm = ours(settings, folder)
     else:
-        convert = torch_peer.packed if name == "packed" else None
-        batches = Counted(_stored(folder / f"{name}.npz", steps), convert)
-        arm = peft(settings, folder / "weights", folder / "start", batches)
+        arm = peft(name, settings, folder)
     before = host.peak_bytes()
-    arm.turn(steps)
-    return {"before_training": before, "peak": host.peak_bytes(), "steps": steps,
-            "device_peak": _device_peak(name, settings.device)}  # fmt: skip
+
+    def save() -> int:
+        """Bytes of the adapter."""
+        arm.save(folder / f"adapter_{name}")
+        return (folder / f"adapter_{name}" / "adapter_model.safetensors").stat().st_size
+
+    def memory() -> dict[str, Any]:
+        return {"before_training": before, "peak": host.peak_bytes(),
+                "device_peak": _device_peak(name, settings.device)}  # fmt: skip
+
+    bench.serve({"turn": arm.turn, "save": save, "memory": memory,
+                 "compile_seconds": lambda: arm.compile_seconds})  # fmt: skip
 
 
 def _device_peak(name: str, device: str) -> int | None:
@@ -249,4 +261,4 @@ def _device_peak(name: str, device: str) -> int | None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(alone(sys.argv[1], Path(sys.argv[2]))))
+    answer(sys.argv[1], Path(sys.argv[2]))

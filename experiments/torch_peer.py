@@ -1,8 +1,11 @@
 """The PEFT arms of the benchmarks: the same weights and batches on torch, as PEFT's users write it.
 
+    python experiments/torch_peer.py SETTINGS BATCH
+
+is an arm of benchmark_step, in a process of its own: settings of `Trainer` and a batch as npz.
+
 Attention is transformers' `sdpa`, threads and allocator are torch's defaults. Imported only where
-torch, transformers and peft are installed; `reason` says what is missing. Needs no JAX, so that a
-process of its own measures torch's memory alone.
+torch, transformers and peft are installed; `reason` says what is missing. Needs no JAX.
 
 Axes: B rows, T positions.
 """
@@ -10,6 +13,8 @@ Axes: B rows, T positions.
 from __future__ import annotations
 
 import importlib.util
+import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,6 +124,18 @@ def make_update(folder: str, tokens: np.ndarray, **settings: Any) -> Callable[[]
     return lambda: float(trainer.update(batch))
 
 
+def answer(settings: Mapping[str, Any], batch: Mapping[str, np.ndarray]) -> None:
+    """Answers a `benchmarking.Process`: updates on one batch, and the number of parameters."""
+    import benchmarking
+
+    trainer = Trainer(**settings)
+
+    def update() -> float:
+        return float(trainer.update(batch))
+
+    benchmarking.serve({"update": update, "parameters": trainer.trainable_parameters})
+
+
 def all_tokens(tokens: np.ndarray) -> dict[str, np.ndarray]:
     """Tokens int [B, T] as a batch with loss on all of them."""
     wide = tokens.astype(np.int64)
@@ -169,3 +186,9 @@ def packed(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         "attention_mask": same & np.tril(np.ones((tokens.shape[1],) * 2, bool)),
         "labels": np.where(batch["loss_mask"] > 0, tokens, IGNORED),
     }
+
+
+if __name__ == "__main__":
+    with np.load(sys.argv[2]) as file:
+        stored = {name: file[name] for name in file.files}
+    answer(json.loads(sys.argv[1]), stored)

@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 # Loaded on first use, so that `import lora_jax` costs what it uses (PEP 562).
 _HOME = {
     "UserError": "errors",
+    "keep_memory": "host",
     "adapt": "tensors",
     "densify": "tensors",
     "LowRank": "tensors",

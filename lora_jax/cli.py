@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lora_jax import host
 from lora_jax.errors import UserError
 
 
@@ -23,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unknown argument {item!r}; overrides look like --config.method.rank=4")
         overrides.append(item.removeprefix("--config."))
     _cache_compilations()
+    if argv is None:  # the program has just begun: JAX has started no threads
+        host.keep_memory()
     try:
         args.command(args, overrides)
     except (UserError, OSError) as error:

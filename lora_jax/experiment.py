@@ -22,7 +22,7 @@ class ModelConfig:
     dtype: str = "float32"  # of the parameters
     compute_dtype: str | None = None  # of the activations; None: as the parameters
     remat: str = "none"  # none | full | dots
-    unroll: int = 1  # layers per iteration of the scan
+    unroll: int | None = None  # layers per iteration of the scan; None: all, if they are few
     head_seed: int = 0  # of a head that the pretrained weights lack
     quantize: Literal["nf4", "int8"] | None = None  # kernels of attention and MLP; see lj.quantize
     # The fields of a Hugging Face config.json in place of `source`: a shape with no weights,

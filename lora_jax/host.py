@@ -2,9 +2,53 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
+import os
 import resource
 import sys
 from pathlib import Path
+
+# glibc's numbers of the settings (malloc.h).
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
+
+
+def keep_memory() -> bool:
+    """Lets glibc keep the memory that a training step frees, for the next step.
+
+    XLA on a CPU allocates a step's temporaries anew each time. By default glibc maps so large a
+    piece from the kernel and gives it back at the end, and the kernel clears every page of it: 5 to
+    15 % of a step's time on two cores. Here one heap serves all threads and keeps up to 2 GiB that
+    are free at its end. The greatest amount of memory in use stays what it was.
+
+    It has to come before JAX starts its threads, so at the beginning of a program; `lora-jax` does
+    it. Nothing happens where there is an accelerator (whose host should give back what it read
+    weights into), where glibc is not the C library, or where the user's MALLOC_ variables or
+    GLIBC_TUNABLES say what is wanted.
+
+    Returns:
+      Whether it was done.
+    """
+    if sys.platform != "linux" or _accelerated() or _user_decides():
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:  # another C library
+        return False
+    wanted = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2**26))
+    return all(mallopt(name, value) == 1 for name, value in wanted)
+
+
+def _accelerated() -> bool:
+    """Whether JAX will find more than a CPU, without starting it."""
+    platforms = os.environ.get("JAX_PLATFORMS")
+    if platforms:
+        return platforms != "cpu"
+    return any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
+
+
+def _user_decides() -> bool:
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    return "glibc.malloc" in tunables or any(name.startswith("MALLOC_") for name in os.environ)
 
 
 def peak_bytes() -> int:

@@ -90,7 +90,7 @@ def test_end_to_end(command, tiny_base, pairs):
         "benchmark_end_to_end", "--data", pairs, "--pairs", 20, "--model", tiny_base / "base",
         "--rows", 2, "--length", 192, "--batch", 3, "--chunk", 32, "--turn", 2, "--full",
     )  # fmt: skip
-    turns, rates = found["speed"]["turns"], found["speed"]["rates"]
+    turns, rates = found["turns"], found["rates"]
     assert found["examples"] == 20  # of 24: --pairs counts
     for name in ("ours", "padded", "packed"):
         assert rates[name]["examples"] >= 20  # a whole epoch
@@ -101,10 +101,10 @@ def test_end_to_end(command, tiny_base, pairs):
         assert (ours["examples"], ours["tokens"]) == (peer["examples"], peer["tokens"])
         np.testing.assert_allclose(ours["loss"], peer["loss"], rtol=1e-4)
     assert turns["ours"][-1]["loss"] < turns["ours"][0]["loss"]
-    assert found["speed"]["adapter_bytes"]["ours"] > 0
+    assert found["adapter_bytes"]["ours"] > 0
     by_hand = turns["padded"][0]["seconds"] / turns["padded"][0]["examples"]
     by_hand /= turns["ours"][0]["seconds"] / turns["ours"][0]["examples"]
-    spread = found["speed"]["speed_up"]["padded"]
+    spread = found["speed_up"]["padded"]
     assert spread["min"] <= by_hand <= spread["max"]
 
 
@@ -133,6 +133,21 @@ def test_batches_for_transformers(monkeypatch):
     assert (counted.examples, counted.tokens, counted.slots) == (2, 4, 5)
     next(counted)
     assert (counted.examples, counted.tokens, counted.slots) == (4, 12, 15)
+
+
+def test_an_arm_that_ends_early_says_so(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    import benchmarking
+
+    (tmp_path / "arm.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(EXPERIMENTS)!r})\nimport benchmarking\n"
+        "print('a library talks')\n"
+        "benchmarking.serve({'double': lambda x: print('and again') or 2 * x, 'end': sys.exit})\n"
+    )
+    with benchmarking.Process(tmp_path / "arm.py") as arm:
+        assert [arm.ask("double", x=x) for x in (1, 2)] == [2, 4]
+        with pytest.raises(SystemExit, match="arm.py ended with status 0"):
+            arm.ask("end")
 
 
 def test_peak_memory_is_this_process_s(monkeypatch):

@@ -123,7 +123,7 @@ class Attention(nn.Module):
     """Attention with grouped key/value heads. Sites: ``kv``, ``out``.
 
     Attributes:
-      implementation: of `jax.nn.dot_product_attention`: None (let JAX choose), "xla" or "cudnn".
+      implementation: None: `attend`; "xla" or "cudnn": of `jax.nn.dot_product_attention`.
       dropout: rate on the attention probabilities, outside of deterministic calls.
       head_norm_eps: epsilon of an RMSNorm over each head of query and key; None: no such norm.
     """
@@ -201,35 +201,71 @@ class Attention(nn.Module):
         context: Context,
     ) -> jax.Array:
         causal = mask is None and context.causal
-        if self.dropout and not context.deterministic:
-            if causal:
-                mask = attention_masks(q_BTNH.shape[1], k_BSKH.shape[1])
-            key = self.make_rng("dropout")
-            return attend_with_dropout(q_BTNH, k_BSKH, v_BSKH, mask, self.dropout, key)
-        return jax.nn.dot_product_attention(
-            q_BTNH, k_BSKH, v_BSKH, mask=mask, is_causal=causal, implementation=self.implementation
-        )
+        drops = bool(self.dropout) and not context.deterministic
+        if self.implementation is not None and not drops:
+            return jax.nn.dot_product_attention(
+                q_BTNH, k_BSKH, v_BSKH, mask=mask, is_causal=causal,
+                implementation=self.implementation,
+            )  # fmt: skip
+        if causal:
+            mask = attention_masks(q_BTNH.shape[1], k_BSKH.shape[1])
+        key = self.make_rng("dropout") if drops else None
+        return attend(q_BTNH, k_BSKH, v_BSKH, mask, self.dropout, key)
 
 
-def attend_with_dropout(
+def attend(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    mask: jax.Array | None,
-    rate: float,
-    key: jax.Array,
+    mask: jax.Array | None = None,
+    rate: float = 0.0,
+    key: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention whose probabilities are dropped: `jax.nn.dot_product_attention` cannot do that."""
-    group = q_BTNH.shape[2] // k_BSKH.shape[2]
-    k_BSNH, v_BSNH = (jnp.repeat(x, group, axis=2) for x in (k_BSKH, v_BSKH))
+    """softmax(q·k / sqrt(H))·v, [B, T, N, H]; the softmax in float32 at least.
+
+    In the backward pass it keeps one array of B·N·T·S numbers a layer, where
+    `jax.nn.dot_product_attention` keeps two, and drops probabilities, which that cannot.
+
+    Args:
+      q_BTNH: queries; N is a multiple of K.
+      k_BSKH, v_BSKH: keys and values.
+      mask: bool [B or 1, 1, T, S], True where a query sees a key; None: everywhere. A query that
+        sees none takes the mean of all values.
+      rate: of dropout on the probabilities, with a key.
+      key: for dropout; None: there is none.
+    """
+    batch, length, heads, size = q_BTNH.shape
+    groups = k_BSKH.shape[2]
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
-    scores = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH, preferred_element_type=wide)
-    scores = scores * q_BTNH.shape[-1] ** -0.5
+    # Heads lead: products then run over whole matrices, with no transposition of the scores.
+    q_BNTH, k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (q_BTNH, k_BSKH, v_BSKH))
+    q_BNTH = q_BNTH * jnp.asarray(size**-0.5, q_BNTH.dtype)  # G = N // K queries share a key
+    q_BKGTH = q_BNTH.reshape(batch, groups, heads // groups, length, size)
+    scores = jnp.einsum("bkgth,bksh->bkgts", q_BKGTH, k_BKSH, preferred_element_type=wide)
     if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(wide).min)
-    kept = jax.random.bernoulli(key, 1.0 - rate, scores.shape)
-    probabilities = jnp.where(kept, jax.nn.softmax(scores) / (1.0 - rate), 0.0)
-    return jnp.einsum("bnts,bsnh->btnh", probabilities.astype(v_BSNH.dtype), v_BSNH)
+        scores = jnp.where(mask[:, :, None], scores, jnp.finfo(wide).min)
+    shares = softmax(scores)
+    if key is not None:
+        kept = jax.random.bernoulli(key, 1.0 - rate, shares.shape)
+        shares = jnp.where(kept, shares / (1.0 - rate), 0.0)
+    y_BKGTH = jnp.einsum("bkgts,bksh->bkgth", shares.astype(v_BKSH.dtype), v_BKSH)
+    return y_BKGTH.reshape(batch, heads, length, size).transpose(0, 2, 1, 3)
+
+
+@jax.custom_jvp
+def softmax(scores: jax.Array) -> jax.Array:
+    """Over the last axis; its derivative needs the result alone, which is all that is kept."""
+    powers = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    return powers / jnp.sum(powers, axis=-1, keepdims=True)
+
+
+@softmax.defjvp
+def _softmax_jvp(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    shares = softmax(primals[0])
+    moved = shares * tangents[0]
+    return shares, moved - shares * jnp.sum(moved, axis=-1, keepdims=True)
 
 
 def _write(cache_BSKH: jax.Array, new_BTKH: jax.Array, slot: jax.Array | None) -> jax.Array:

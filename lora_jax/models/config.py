@@ -39,7 +39,8 @@ class ModelConfig:
       model_type: the Hugging Face family it is written as.
       dtype: computations' dtype; norms' statistics and softmax stay float32.
       remat: "none", "full" or "dots" (see `stack.scanned`).
-      unroll: layers per iteration of the compiled loop; num_layers removes the loop.
+      unroll: layers per iteration of the compiled loop; num_layers removes the loop; None: see
+        `stack.iteration`.
       attention: implementation of `jax.nn.dot_product_attention`: None, "xla" or "cudnn".
       source: where the weights were loaded from; no part of equality, nor of config.json.
     """
@@ -58,7 +59,7 @@ class ModelConfig:
     model_type: str
     dtype: str = "float32"
     remat: Literal["none", "full", "dots"] = "none"
-    unroll: int = 1
+    unroll: int | None = None
     attention: Literal["xla", "cudnn"] | None = None
     source: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
@@ -76,7 +77,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.remat not in REMAT:
             raise UserError(f"remat={self.remat!r} must be one of {', '.join(REMAT)}.")
-        if self.unroll < 1:
+        if self.unroll is not None and self.unroll < 1:
             raise UserError(f"unroll={self.unroll} must be at least 1.")
         if self.head is not None and self.head not in HEADS:
             raise UserError(f"head={self.head!r} must be None or one of {', '.join(HEADS)}.")

@@ -38,7 +38,7 @@ class ImageConfig:
     head: Literal["classification"] = "classification"
     dtype: str = "float32"
     remat: Literal["none"] = "none"
-    unroll: int = 1
+    unroll: int | None = None
     source: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -48,7 +48,7 @@ class ImageConfig:
             raise UserError(f"num_labels={self.num_labels} must be at least 2.")
         if self.head != "classification":
             raise UserError(f"head={self.head!r}: a model of images classifies them.")
-        if self.remat != "none" or self.unroll != 1:
+        if self.remat != "none" or self.unroll is not None:
             raise UserError("remat and unroll are for stacks of layers: this model has none.")
 
     @property

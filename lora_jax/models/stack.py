@@ -20,6 +20,8 @@ from lora_jax.errors import UserError
 
 _SEGMENT = re.compile(r"layers\[(\d+):(\d+)\]")
 REMAT = ("none", "full", "dots")
+FEW = 6
+"""So many layers are compiled without a loop, unless a config says otherwise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +68,27 @@ def segments_in(
     return tuple(found)
 
 
+def iteration(size: int, unroll: int | None) -> int:
+    """Layers per iteration of the compiled loop over `size` layers.
+
+    By default one, and all where there are few. A loop writes what its backward pass needs into
+    arrays of all layers, which it first fills with zeros, and computes gradients of the first
+    layer's input, which nobody reads: without it, a step of 6 layers takes 7 to 10 % less time on a
+    CPU, and hardly longer to compile.
+    """
+    if unroll is None:
+        return size if size <= FEW else 1
+    return min(unroll, size)
+
+
 def scanned(
-    block: type[nn.Module], segment: Segment, *, remat: str, unroll: int, inputs: int, **fields: Any
+    block: type[nn.Module],
+    segment: Segment,
+    *,
+    remat: str,
+    unroll: int | None,
+    inputs: int,
+    **fields: Any,
 ) -> nn.Module:
     """`block` scanned over the layers of `segment`.
 
@@ -78,10 +99,11 @@ def scanned(
       segment: the layers; also the module's name.
       remat: "none", "full" (keep only the layers' inputs) or "dots" (also products with
         weights).
-      unroll: layers per iteration of the compiled loop.
+      unroll: as of `iteration`.
       inputs: how many shared arguments follow `per_layer`.
       **fields: fields of the block.
     """
+    layers = iteration(segment.size, unroll)
     if remat == "full":
         policy = None
     elif remat == "dots":
@@ -89,7 +111,7 @@ def scanned(
     if remat != "none":
         # Inside a loop XLA cannot merge the recomputation with the forward pass; once unrolled
         # it can, and would undo the remat unless told not to.
-        block = nn.remat(block, policy=policy, prevent_cse=unroll > 1)
+        block = nn.remat(block, policy=policy, prevent_cse=layers > 1)
     scan = nn.scan(
         block,
         variable_axes={"params": 0, "sites": 0},
@@ -97,6 +119,6 @@ def scanned(
         in_axes=(0,) + (nn.broadcast,) * inputs,
         out_axes=0,
         length=segment.size,
-        unroll=min(unroll, segment.size),
+        unroll=layers,
     )
     return scan(**fields, name=segment.name)
