@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +33,10 @@ from lora_jax.workbench import Batch, Workbench
 
 _MEMBERS = "members"
 """The mapped axis, by name: what is alike in all slots may ask so, and stay unmapped."""
+
+
+PEEKED = 16
+"""So many batches say how long rows usually are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +178,15 @@ class Program:
         longest = min(data.length, max(len(e["tokens"]) for e in bench.train_examples))
         size = next(s for s in sizes(data.length, data.buckets) if s >= longest)
         return widen(first, size, bench.pad_id)
+
+    @functools.cached_property
+    def usual_share(self) -> float:
+        """Slots of tokens in a usual batch, as part of those in `batch`, whose rows are longest."""
+        bench, data = self.bench, self.bench.experiment.data
+        if not data.buckets:
+            return 1.0
+        some = itertools.islice(bench.batches(data.seed), PEEKED)
+        return float(np.mean([b["tokens"].size for b in some])) / self.batch["tokens"].size
 
     def bytes(self) -> int:
         """What the step needs on a device: arguments, temporaries, and outputs of their own.

@@ -243,7 +243,8 @@ class Sweep:
     ) -> Prepared:
         slots = program.shape.slots
         rounds = -(-len(plan.members) // slots)
-        expected = seconds * plan.members[0].experiment.training.steps * rounds
+        steps = plan.members[0].experiment.training.steps
+        expected = seconds * program.usual_share * steps * rounds
         print(
             f"pack of {len(plan.members)} members: {mode}, {slots} at a time, "
             f"{plan.params:,} parameters each ({plan.padding:.0%} padding), "

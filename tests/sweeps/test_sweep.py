@@ -159,12 +159,13 @@ def test_optuna_suggests_members_of_one_pack(tiny_config, tmp_path):
     assert 1 <= len(pd.read_csv(tmp_path / "s" / "results.csv")) <= 3
 
 
-def test_members_in_buckets_of_other_lengths(tmp_path):
+def test_members_in_buckets_of_other_lengths(tmp_path, monkeypatch):
     """Members at other places of the data have rows of other lengths: padded, they are alike."""
     import jax
 
     from lora_jax import pretrained, runs
     from lora_jax.experiment import from_dict
+    from lora_jax.sweeps import pack
     from lora_jax.sweeps.sweep import Options, Sweep
 
     hf = {
@@ -199,8 +200,10 @@ def test_members_in_buckets_of_other_lengths(tmp_path):
         "training": {"steps": 8, "log_every": 1},
     }  # fmt: skip
     seeds = {"seed": [{"seed": s, "data.seed": s} for s in range(2)]}
+    monkeypatch.setattr(pack.Program, "seconds_a_step", lambda self: 1.0)
     sweep = Sweep(config, seeds, tmp_path / "s", Options(mode="packed"), progress=False)
     result = sweep.run()
+    assert 4 < result["expected_seconds"] < 8  # some of the 8 batches fit into the shorter rows
     assert 1 < result["programs_compiled"] <= 3 and result["modes"] == ["packed"]
     for member in sweep.members[:1]:
         assert member.experiment == from_dict(
