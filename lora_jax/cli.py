@@ -168,8 +168,11 @@ def _table(args: argparse.Namespace, overrides: list[str]) -> None:
     if overrides:
         raise UserError("a table takes no --config overrides: its rows stand in its file")
     name, workdir = Path(args.experiment).stem, Path(args.workdir)
+    table = tables.load(args.experiment, args.scale)
+    if table.cost and not args.quiet:  # before it is spent
+        print(f"{table.title}. Declared cost: {table.cost}", flush=True)
     filled = tables.run(
-        tables.load(args.experiment, args.scale), args.scale, workdir,
+        table, args.scale, workdir,
         rows=args.rows, seeds=args.seeds, progress=not args.quiet,
         after=lambda so_far: render.write(so_far, workdir, name),
     )  # fmt: skip

@@ -168,9 +168,11 @@ def _foot(filled: Filled) -> str:
         "median": "median ± std [least, greatest]",
     }
     spent = sum({x.measured.place: x.measured.seconds for x in filled.lines}.values())
+    cost = f"Declared cost: {filled.table.cost}; " if filled.table.cost else ""
+    took = f"computing took {spent / 60:.1f} minutes."
     return (
         f"Scale: {filled.scale}. Measured: {kind[filled.table.statistic]}. "
-        f"Computing took {spent / 60:.1f} minutes."
+        f"{cost}{took if cost else took.capitalize()}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -84,6 +85,7 @@ def a_table(calls: list[int]) -> tables.Table:
         ),
         claims=(tables.Claim("a & b", "c", "d90"),),
         notes=("the same for all",),
+        cost="a second or < 2",
     )
 
 
@@ -171,6 +173,28 @@ def test_forms(tmp_path: Path) -> None:
     assert "1. the same for all" in text and text.count("published: Li 1804.08838") == 1
     assert r"a \& b & d90" in (tmp_path / "out" / "name.tex").read_text()
     assert "a &amp; b" in (tmp_path / "out" / "name.html").read_text()
+    assert "Declared cost: a second or < 2; computing took 0.0 minutes." in text
+    assert "Declared cost: a second or &lt; 2;" in (tmp_path / "out" / "name.html").read_text()
+    assert "a second" not in (tmp_path / "out" / "name.csv").read_text()
+    silent = dataclasses.replace(filled, table=dataclasses.replace(filled.table, cost=""))
+    assert "Declared" not in render.markdown(silent) and "Computing took" in render.markdown(silent)
+
+
+def test_the_command_says_what_it_will_cost_first(tmp_path: Path, capsys: Any) -> None:
+    experiment = tmp_path / "exp.py"
+    experiment.write_text(
+        """
+from lora_jax.tables import NotRun, Row, Table
+def table(scale):
+    return Table("a table", (Row("r", "m", NotRun("x")),), cost="an hour")
+"""
+    )
+    arguments = ["table", str(experiment), "--workdir", str(tmp_path / "w")]
+    assert cli.main(arguments) == 0
+    before, after = capsys.readouterr().out.split("r / m\n")
+    assert before == "a table. Declared cost: an hour\n" and "Declared cost: an hour;" in after
+    assert cli.main([*arguments, "--quiet"]) == 0
+    assert capsys.readouterr().out.count("an hour") == 1
 
 
 def test_mistakes_in_a_table() -> None:
