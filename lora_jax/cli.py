@@ -178,6 +178,8 @@ def _table(args: argparse.Namespace, overrides: list[str]) -> None:
     )  # fmt: skip
     print(render.markdown(filled))
     print(f"{workdir / name}.csv, .md, .tex and .html")
+    if filled.failed:
+        raise UserError(tables.again(filled.failed))
 
 
 def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
