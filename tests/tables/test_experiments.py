@@ -169,3 +169,46 @@ def test_spread_over_rates(tmp_path: Path, monkeypatch: Any) -> None:
     del errors[1e-2]
     with pytest.raises(UserError, match="diverged at rate 0.01"):
         module.spread("LoRA", 40, tmp_path, 1)
+
+
+def test_houlsbys_searches_are_the_printed_ones() -> None:
+    """Adapters: three rates x 3 or 20 epochs (x three sizes); full fine-tuning: BERT's own."""
+    rows = tables.load(str(EXPERIMENTS / "houlsby_table1.py"), "paper").rows
+    works = {(r.row, r.metric): r.work for r in rows}
+    rate, size, steps = "optimizer.learning_rate", "method.size", "training.steps"
+
+    def tried(row: str, name: str) -> list[Any]:
+        return sorted({one[name] for one in works[row, "MNLImm"].grid})
+
+    for row, sizes in (("Adapters (8-256)", [8, 64, 256]), ("Adapters (64)", [64])):
+        assert tried(row, rate) == [3e-5, 3e-4, 3e-3] and tried(row, size) == sizes
+        assert tried(row, steps) == [n * 392702 // 32 for n in (3, 20)]
+        assert len(works[row, "MNLImm"].grid) == 6 * len(sizes)
+    assert tried("BERT-LARGE full FT", rate) == [2e-5, 3e-5, 4e-5, 5e-5]
+    assert tried("BERT-LARGE full FT", steps) == [3 * 392702 // 32]
+    work = works["Adapters (64)", "MNLImm"]
+    assert (work.metric, work.chosen_by) == ("accuracy_mismatched", "accuracy")
+    found = grid.configured(work.config, work.overrides)
+    assert (found.optimizer.warmup_fraction, found.optimizer.weight_decay) == (0.1, 0.01)
+    assert (found.optimizer.clip_norm, found.data.batch_size) == (1.0, 32)
+
+
+def test_prefix_tuning_by_the_paper_and_by_its_scripts() -> None:
+    """Both where they disagree: rate and length. What only the scripts say holds for both."""
+    rows = tables.load(str(EXPERIMENTS / "prefix_e2e.py"), "paper").rows
+    runs = {
+        r.row: grid.configured(r.work.config, r.work.overrides)
+        for r in rows if r.metric == "BLEU" and isinstance(r.work, tables.Trained)
+    }  # fmt: skip
+    paper, scripts = runs["GPT-2 M Prefix(0.1%)"], runs["GPT-2 M Prefix, scripts"]
+    assert (paper.optimizer.learning_rate, paper.method.length) == (8e-5, 5)
+    assert (scripts.optimizer.learning_rate, scripts.method.length) == (5e-5, 10)
+    for one in (paper, scripts, runs["GPT-2 L Prefix, scripts"]):
+        assert one.data.batch_size == 10 and one.training.steps == 5 * 42061 // 10
+        assert one.method.hidden == 512 and one.evaluation.num_beams == 5
+    small = runs["GPT-2 M Adapter(3%)"]  # Table 5 has batches of 5 for it
+    assert small.data.batch_size == 5 and small.training.steps == 5 * 42061 // 5
+    for one in runs.values():
+        assert one.optimizer.weight_decay == one.optimizer.warmup_steps == 0
+        assert one.optimizer.clip_norm == 1.0 and one.training.label_smoothing == 0.0
+        assert one.evaluation.max_new_tokens == 100
