@@ -52,7 +52,7 @@ def test_inside_of_adapters_across_ranks_and_seeds(
     config.write_text(f"def get_config():\n    return {made!r}\n")
     module = configs.load_module(str(EXPERIMENTS / "lora_table7.py"))
     monkeypatch.setattr(module, "CONFIG", str(config))
-    monkeypatch.setitem(module.SHORT, "data.validation", "[20:22]")
+    monkeypatch.setattr(module, "SMOKE", {**module.SHORT, "data.validation": "[20:22]"})
     table = module.table("smoke")
     filled = tables.run(table, "smoke", tmp_path, progress=False)
     found = filled.frame().set_index(["row", "metric"])["measured"]
