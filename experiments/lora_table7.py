@@ -161,7 +161,7 @@ def table(scale: str) -> Table:
     return Table(
         f"LoRA paper, Table 7 and Figures 3, 4, 6 to 8, {scale}", tuple(rows),
         seeds=1 if scale == "smoke" else 3, notes=NOTES,
-        cost="about 25 minutes on 2 CPU cores" if scale == "small" else "",
+        cost="about 25 minutes on 2 CPU cores",
     )  # fmt: skip
 
 

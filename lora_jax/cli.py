@@ -169,8 +169,9 @@ def _table(args: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError("a table takes no --config overrides: its rows stand in its file")
     name, workdir = Path(args.experiment).stem, Path(args.workdir)
     table = tables.load(args.experiment, args.scale)
-    if table.cost and not args.quiet:  # before it is spent
-        print(f"{table.title}. Declared cost: {table.cost}", flush=True)
+    cost = table.declared_cost(args.scale)
+    if cost and not args.quiet:  # before it is spent
+        print(f"{table.title}. Declared cost: {cost}", flush=True)
     filled = tables.run(
         table, args.scale, workdir,
         rows=args.rows, seeds=args.seeds, progress=not args.quiet,

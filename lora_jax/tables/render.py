@@ -172,7 +172,8 @@ def _foot(filled: Filled) -> str:
         "median": "median ± std [least, greatest]",
     }
     spent = sum({x.measured.place: x.measured.seconds for x in filled.lines}.values())
-    cost = f"Declared cost: {filled.table.cost}; " if filled.table.cost else ""
+    declared = filled.table.declared_cost(filled.scale)
+    cost = f"Declared cost: {declared}; " if declared else ""
     took = f"computing took {spent / 60:.1f} minutes."
     return (
         f"Scale: {filled.scale}. Measured: {kind[filled.table.statistic]}. "

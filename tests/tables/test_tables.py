@@ -198,6 +198,22 @@ def test_a_mistake_of_the_program_is_raised(tmp_path: Path) -> None:
         tables.run(table, "small", tmp_path, progress=False)
 
 
+def test_a_cost_that_follows_is_not_declared() -> None:
+    """Small's cost is not said of a smoke run, nor of rows that stand as not run."""
+    published, counted = tables.NotRun("x"), tables.Counted("configs/gpt3_175b.py")
+    trained = tables.Trained("configs/quickstart.py")
+    of = {
+        name: tables.Table("t", tuple(tables.Row(str(i), "m", w) for i, w in enumerate(works)),
+                           cost="an hour")
+        for name, works in (("none", [published]), ("counts", [published, counted]),
+                            ("trained", [published, counted, trained]))
+    }  # fmt: skip
+    assert of["none"].declared_cost("paper") == "nothing is run"
+    assert of["counts"].declared_cost("small") == "a minute at most: shapes alone are counted"
+    assert of["trained"].declared_cost("small") == "an hour"
+    assert of["trained"].declared_cost("smoke") == "a minute at most"
+
+
 def test_rows_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'x / d9' is of no row of 'A table'; did you mean"):
         tables.run(a_table([]), "small", tmp_path, rows="x / d9")
@@ -251,9 +267,10 @@ def test_the_command_says_what_it_will_cost_first(tmp_path: Path, capsys: Any) -
     experiment = tmp_path / "exp.py"
     experiment.write_text(
         """
-from lora_jax.tables import NotRun, Row, Table
+from lora_jax.tables import Computed, Row, Table
 def table(scale):
-    return Table("a table", (Row("r", "m", NotRun("x")),), cost="an hour")
+    work = Computed(lambda folder, seed: {"value": 1.0}, name="one")
+    return Table("a table", (Row("r", "m", work),), cost="an hour")
 """
     )
     arguments = ["table", str(experiment), "--workdir", str(tmp_path / "w")]
