@@ -77,7 +77,10 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("out")
     _analyze_arguments(add("analyze", _analyze, "inside an adapter: ranks, directions, intruders"))
     listed = add("list", _list, "methods, model families and tasks")
-    listed.add_argument("what", nargs="?", choices=["methods"], help="the methods as a table")
+    listed.add_argument(
+        "what", nargs="?", choices=["methods", "tables"],
+        help="the methods as a table; the tables of experiments/ with their costs",
+    )  # fmt: skip
     return parser
 
 
@@ -252,6 +255,11 @@ def _list(args: argparse.Namespace, overrides: list[str]) -> None:
         from lora_jax.methods import table
 
         print(table.markdown())
+        return
+    if args.what == "tables":
+        from lora_jax.tables import listing
+
+        print(listing.markdown(Path("experiments")))
         return
     print("methods:", ", ".join(sorted(methods.METHODS)))
     print("model families:", ", ".join(sorted(models.FAMILIES)))
