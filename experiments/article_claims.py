@@ -92,6 +92,11 @@ SHORT: dict[str, Any] = {
     "evaluation.base_shots": (), "data.validation": "validation[:64]", "evaluation.show": 0,
     "evaluation.forgetting_blocks": 32, "data.batch_size": 2, "training.save_every": 0,
 }  # fmt: skip
+SMOKE: dict[str, Any] = {
+    "data.source.split": "train[:64]", "data.validation": "validation[:1]", "data.batch_size": 1,
+    "evaluation.max_new_tokens": 1, "evaluation.batch_size": 1, "evaluation.spectra": 0,
+    "evaluation.forgetting_blocks": 1,
+}  # fmt: skip
 PREFIX = "Prefix-Tuning, length"
 METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "LoRA": ({}, (1e-3, 3e-3)),
@@ -116,6 +121,7 @@ def runs_of(name: str, metric: str | None, rates: Sequence[float], steps: int) -
     overrides = {
         **METHODS[name][0],
         **SHORT,
+        **(SMOKE if steps == 1 else {}),
         "training.steps": steps,
         "optimizer.warmup_steps": steps // 15,
     }

@@ -63,5 +63,5 @@ def table(scale: str) -> Table:
     return Table(
         f"LoRA paper, Table 16 (low data), {scale}", tuple(rows),
         seeds=1 if scale == "smoke" else 3, claims=tuple(claims), notes=NOTES,
-        cost="about 55 minutes on 2 CPU cores" if scale == "small" else "",
+        cost="about 55 minutes on 2 CPU cores",
     )  # fmt: skip

@@ -55,6 +55,7 @@ METHODS: dict[str, minilm.Method] = {
     "GaLore": ("galore", {"train": (".*",), "rank": 32, "every": 50}, (2e-4, 1e-3)),
     "subspace": ("subspace", {"targets": "^layers/"}, (1e-3, 1e-2)),
 }
+EXAMPLES, EPOCHS = 2000, 3
 # Sizes that stand above. VeRA would need a rank many times its matrices' sides.
 FIXED = ("LoRA", "FT-Top1", "VeRA")
 NOTE = (
@@ -73,7 +74,7 @@ def table(scale: str) -> Table:
             scale, ("LoRA", "head only"), *((name, "head only") for name in others),
             *((name, "LoRA") for name in others),
         ),
-        notes=(NOTE,), cost=minilm.cost({name: METHODS[name] for name in names}),
+        notes=(NOTE,), cost=minilm.cost({name: METHODS[name] for name in names}, EXAMPLES * EPOCHS),
     )  # fmt: skip
 
 
@@ -84,7 +85,7 @@ def _row(name: str, scale: str) -> Row:
 
 
 def _work(method: minilm.Method, scale: str) -> Trained:
-    return minilm.trained(method, scale, examples=2000, epochs=3)
+    return minilm.trained(method, scale, examples=EXAMPLES, epochs=EPOCHS)
 
 
 def _bench(method: minilm.Method) -> Sketch:

@@ -7,6 +7,7 @@ By default 4,000 sentences of CoLA, one epoch, a method's best learning rate of 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from given_folders import CONFIGS, glue
@@ -32,25 +33,34 @@ COLUMN = "CoLA"
 
 
 def trained(
-    method: Method, scale: str, *, metric: str | None = None, grid: Grid = (), **arg: Any
+    method: Method,
+    scale: str,
+    *,
+    metric: str | None = None,
+    chosen_by: str | None = None,
+    grid: Grid = (),
+    more: Mapping[str, Any] = MappingProxyType({}),
+    **arg: Any,
 ) -> Trained:
     """Runs of a method.
 
     Args:
       metric: None: the task's principal one.
+      chosen_by: of the grid, if another than that.
       grid: in place of the method's rates.
+      more: further overrides.
       arg: of configs/glue.py. `smoke` takes two steps of the first rate.
     """
     kind, fields, rates = method
     spec = {"task": "cola", "epochs": 1, "examples": 4000, **arg}
     fields = fields if kind == "full" else {"train": HEAD, **fields}
-    overrides = {"method.kind": kind, **{f"method.{k}": v for k, v in fields.items()}}
+    overrides = {"method.kind": kind, **{f"method.{k}": v for k, v in fields.items()}, **more}
     if scale == "smoke":
         spec["examples"], rates = 64, rates[:1]
         overrides |= {"training.steps": 2, "training.eval_every": 2,
                       "data.validation": "validation[:16]"}  # fmt: skip
     tried = grid or [{"optimizer.learning_rate": rate} for rate in rates]
-    return Trained(glue(**spec), metric, overrides, tried)
+    return Trained(glue(**spec), metric, overrides, tried, chosen_by)
 
 
 def rows(
@@ -76,7 +86,7 @@ def seeds(scale: str) -> int:
     return 1 if scale == "smoke" else 3
 
 
-def cost(methods: Mapping[str, Method]) -> str:
-    """By some 30 s a run: a run a rate, and two more seeds of the best."""
+def cost(methods: Mapping[str, Method], sentences: int = 4000) -> str:
+    """By some 30 s for 4,000 sentences: a run a rate, and two more seeds of the best."""
     runs = sum(len(rates) + 2 for _, _, rates in methods.values())
-    return f"about {runs / 2:.0f} minutes on 2 CPU cores"
+    return f"about {runs * sentences / 8000:.0f} minutes on 2 CPU cores"

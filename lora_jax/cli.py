@@ -77,7 +77,10 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("out")
     _analyze_arguments(add("analyze", _analyze, "inside an adapter: ranks, directions, intruders"))
     listed = add("list", _list, "methods, model families and tasks")
-    listed.add_argument("what", nargs="?", choices=["methods"], help="the methods as a table")
+    listed.add_argument(
+        "what", nargs="?", choices=["methods", "tables"],
+        help="the methods as a table; the tables of experiments/ with their costs",
+    )  # fmt: skip
     return parser
 
 
@@ -168,13 +171,19 @@ def _table(args: argparse.Namespace, overrides: list[str]) -> None:
     if overrides:
         raise UserError("a table takes no --config overrides: its rows stand in its file")
     name, workdir = Path(args.experiment).stem, Path(args.workdir)
+    table = tables.load(args.experiment, args.scale)
+    cost = table.declared_cost(args.scale)
+    if cost and not args.quiet:  # before it is spent
+        print(f"{table.title}. Declared cost: {cost}", flush=True)
     filled = tables.run(
-        tables.load(args.experiment, args.scale), args.scale, workdir,
+        table, args.scale, workdir,
         rows=args.rows, seeds=args.seeds, progress=not args.quiet,
         after=lambda so_far: render.write(so_far, workdir, name),
     )  # fmt: skip
     print(render.markdown(filled))
     print(f"{workdir / name}.csv, .md, .tex and .html")
+    if filled.failed:
+        raise UserError(tables.again(filled.failed))
 
 
 def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -246,6 +255,11 @@ def _list(args: argparse.Namespace, overrides: list[str]) -> None:
         from lora_jax.methods import table
 
         print(table.markdown())
+        return
+    if args.what == "tables":
+        from lora_jax.tables import listing
+
+        print(listing.markdown(Path("experiments")))
         return
     print("methods:", ", ".join(sorted(methods.METHODS)))
     print("model families:", ", ".join(sorted(models.FAMILIES)))

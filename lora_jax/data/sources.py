@@ -97,7 +97,7 @@ class TFDS:
             fcntl.flock(lock, fcntl.LOCK_EX)
             builder = self._builder()  # another process may have prepared it meanwhile
             if not builder.is_prepared():
-                _prepare(self._preparer(builder))
+                self._prepare(self._preparer(builder))
                 builder = self._builder()  # what is prepared is TFDS's to read
         return builder
 
@@ -107,18 +107,25 @@ class TFDS:
         module, name = _PREPARERS[self.name]
         return getattr(importlib.import_module(module), name)(data_dir=self.data_dir)
 
+    def _prepare(self, builder: Any) -> None:
+        import tensorflow_datasets as tfds
 
-def _prepare(builder: Any) -> None:
-    import tensorflow_datasets as tfds
-
-    ours = type(builder).__module__.startswith("lora_jax.")
-    if ours:  # nothing is downloaded, so there is nothing to watch
-        tfds.disable_progress_bar()
-    try:
-        builder.download_and_prepare(file_format="array_record")
-    finally:
-        if ours:
-            tfds.enable_progress_bar()
+        ours = type(builder).__module__.startswith("lora_jax.")
+        if ours:  # nothing is downloaded, so there is nothing to watch
+            tfds.disable_progress_bar()
+        try:
+            builder.download_and_prepare(file_format="array_record")
+        except (UserError, OSError):
+            raise
+        except Exception as error:
+            if ours:
+                raise
+            # TFDS's errors of download and checksum have no class in common, nor a public one.
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"Cannot download and prepare {self.name}: {why}") from error
+        finally:
+            if ours:
+                tfds.enable_progress_bar()
 
 
 class _Decoded(Sequence[dict[str, Any]]):

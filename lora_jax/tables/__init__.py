@@ -2,7 +2,7 @@
 
 from lora_jax.tables.published import Published
 from lora_jax.tables.searched import Baseline, Searched
-from lora_jax.tables.table import Claim, Row, Table, load, run
+from lora_jax.tables.table import Claim, Row, Table, again, load, run
 from lora_jax.tables.work import Computed, Counted, NotRun, Trained
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Searched",
     "Table",
     "Trained",
+    "again",
     "load",
     "run",
 ]

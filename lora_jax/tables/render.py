@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from lora_jax import statistics
 from lora_jax.tables.table import Filled, Line
 
 _HEADER = ("row", "metric", "published", "measured", "difference", "trainable", "seeds", "notes")
@@ -93,7 +92,7 @@ def _cells(filled: Filled) -> tuple[list[list[str]], list[str]]:
                 line.row.row,
                 line.row.metric,
                 _published(line),
-                _measured(line.summary),
+                _measured(line),
                 _difference(line),
                 _params(line),
                 str(line.summary.n) if line.summary else "0",
@@ -109,7 +108,7 @@ def _notes_of(line: Line) -> list[str]:
         found.append(f"published: {line.cited.source}, {line.cited.status}")
         found += [line.cited.notes] if line.cited.notes else []
     if line.measured.reason:
-        found.append(f"not run: {line.measured.reason}")
+        found.append(f"{_absent(line)}: {line.measured.reason}")
     if line.measured.chosen:
         chosen = ", ".join(f"{k}={v}" for k, v in line.measured.chosen.items())
         found.append(f"chosen on the first seed: {chosen}")
@@ -123,9 +122,14 @@ def _published(line: Line) -> str:
     return number(line.cited.value) + std
 
 
-def _measured(summary: statistics.Summary | None) -> str:
+def _absent(line: Line) -> str:
+    return "failed" if line.measured.failed else "not run"
+
+
+def _measured(line: Line) -> str:
+    summary = line.summary
     if summary is None:
-        return "not run"
+        return _absent(line)
     if math.isnan(summary.low):
         return number(summary.value)
     low, high = number(summary.low), number(summary.high)
@@ -168,9 +172,12 @@ def _foot(filled: Filled) -> str:
         "median": "median ± std [least, greatest]",
     }
     spent = sum({x.measured.place: x.measured.seconds for x in filled.lines}.values())
+    declared = filled.table.declared_cost(filled.scale)
+    cost = f"Declared cost: {declared}; " if declared else ""
+    took = f"computing took {spent / 60:.1f} minutes."
     return (
         f"Scale: {filled.scale}. Measured: {kind[filled.table.statistic]}. "
-        f"Computing took {spent / 60:.1f} minutes."
+        f"{cost}{took if cost else took.capitalize()}"
     )
 
 

@@ -130,7 +130,10 @@ class Searched:
         work = Trained(
             self.config, metric=self.metric, overrides=overrides, grid=self.grid, vary=self.vary
         )
-        return work.measure(place / "grid", seeds[:1], progress).chosen
+        tried = work.measure(place / "grid", seeds[:1], progress)
+        if not tried.chosen:
+            raise UserError(f"{self.size}={middle}: {tried.reason}")
+        return tried.chosen
 
     def _target(self) -> str:
         full = self.full if isinstance(self.full, float) else dict(self.full.overrides)

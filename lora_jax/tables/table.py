@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -16,15 +17,16 @@ import pandas as pd
 
 from lora_jax import config as configs
 from lora_jax import statistics
-from lora_jax.errors import UserError
+from lora_jax.errors import UserError, nearest
 from lora_jax.tables.published import Cited, Published
-from lora_jax.tables.work import Measured, Work
+from lora_jax.tables.work import Counted, Measured, NotRun, Work
 
 Scale = Literal["smoke", "small", "paper"]
 SCALES: tuple[Scale, ...] = ("smoke", "small", "paper")
 COLUMNS = (
     "row", "metric", "published", "status", "measured", "low", "high", "seeds", "trainable_params",
 )  # fmt: skip
+_SPECIAL = re.compile(r"[][\\.^$*+?{}|()]")  # of a regex; re.escape changes spaces and more, too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,11 @@ class Row:
     published: Published | None = None
     formula: int | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Its label and metric, as `--rows` finds it."""
+        return f"{self.row} / {self.metric}"
 
     @property
     def folder(self) -> str:
@@ -72,7 +79,7 @@ class Table:
       seeds: how many, unless the command says.
       claims: differences to show.
       notes: footnotes of the whole table: where sources disagree, what differs from the paper.
-      cost: time on a stated machine.
+      cost: time on a stated machine, of small and paper scale; see `declared_cost`.
       figures: draws figures of what is filled so far into a folder, and returns their files.
     """
 
@@ -94,6 +101,15 @@ class Table:
             for row in (claim.better, claim.worse):
                 if (row, claim.metric) not in known:
                     raise UserError(f"a claim names {row!r} with {claim.metric!r}: no such row")
+
+    def declared_cost(self, scale: Scale) -> str:
+        """`cost`, but where it follows from the scale, or from rows that train nothing."""
+        kinds = {type(row.work) for row in self.rows}
+        if kinds <= {NotRun}:
+            return "nothing is run"
+        if kinds <= {NotRun, Counted}:
+            return "a minute at most: shapes alone are counted"
+        return "a minute at most" if scale == "smoke" else self.cost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +134,11 @@ class Filled:
         """`COLUMNS`, a row a line; empty cells where there is nothing."""
         return pd.DataFrame([_cells(line) for line in self.lines], columns=list(COLUMNS))
 
+    @property
+    def failed(self) -> tuple[Line, ...]:
+        """Lines whose number was to be there, and is not."""
+        return tuple(line for line in self.lines if line.measured.failed)
+
     def differences(self) -> list[tuple[Claim, statistics.Summary | None]]:
         """Each claim with the paired difference better - worse over common seeds."""
         values = {(x.row.row, x.row.metric): x.measured.values for x in self.lines}
@@ -130,11 +151,12 @@ class Filled:
 
 def _cells(line: Line) -> dict[str, object]:
     summary, cited = line.summary, line.cited
+    own = "measured" if summary is not None else "failed" if line.measured.failed else "not run"
     return {
         "row": line.row.row,
         "metric": line.row.metric,
         "published": None if cited is None else cited.value,
-        "status": ("not run" if summary is None else "measured") if cited is None else cited.status,
+        "status": own if cited is None else cited.status,
         "measured": None if summary is None else summary.value,
         "low": None if summary is None or math.isnan(summary.low) else summary.low,
         "high": None if summary is None or math.isnan(summary.high) else summary.high,
@@ -166,18 +188,23 @@ def run(
     progress: bool = True,
     after: Callable[[Filled], object] = lambda _: None,
 ) -> Filled:
-    """Measures what is missing, row by row; a row that cannot be run here says why.
+    """Measures what is missing, row by row.
+
+    A row that fails for a reason outside of the program (`UserError`, `OSError`: a download, a
+    package that is not here) stands with that reason, and the others are run: see `Filled.failed`.
 
     Args:
       rows: regex of the rows to measure, over "label / metric"; the others stand as not run.
       seeds: in place of the table's own number.
       after: called with the `Filled` so far after each row.
+
+    Raises UserError where `rows` is no regex, or of no row.
     """
-    wanted = re.compile(rows)
+    wanted = _pattern(rows, table)
     numbers = list(range(seeds or table.seeds))
     lines: list[Line] = []
     for row in table.rows:
-        if wanted.search(f"{row.row} / {row.metric}"):
+        if wanted.search(row.name):
             measured = _measure(row, workdir / scale / row.folder, numbers, progress)
         else:
             measured = Measured({}, reason="left out by --rows")
@@ -186,13 +213,40 @@ def run(
     return Filled(table, scale, tuple(lines))
 
 
+def _pattern(rows: str, table: Table) -> re.Pattern[str]:
+    try:
+        wanted = re.compile(rows)
+    except re.error as error:
+        raise UserError(f"--rows {rows!r} is no regular expression: {error}") from error
+    names = [row.name for row in table.rows]
+    if not any(wanted.search(name) for name in names):
+        raise UserError(f"--rows {rows!r} is of no row of {table.title!r}; {nearest(rows, names)}")
+    return wanted
+
+
 def _measure(row: Row, folder: Path, seeds: Sequence[int], progress: bool) -> Measured:
     if progress:
-        print(f"{row.row} / {row.metric}", flush=True)
+        print(row.name, flush=True)
     try:
         return row.work.measure(folder, seeds, progress)
-    except UserError as error:
-        return Measured({}, reason=str(error))
+    except (UserError, OSError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if progress:
+            print(f"failed: {reason}", flush=True)
+        return Measured({}, reason=reason, failed=True)
+
+
+def again(failed: Sequence[Line]) -> str:
+    """What failed, and how it is run again, in one message."""
+    names = [line.row.name for line in failed]
+    shown = "; ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    # A row's other metrics, if they are there, are only read.
+    labels = dict.fromkeys(_SPECIAL.sub(r"\\\g<0>", line.row.row) for line in failed)
+    only = shlex.quote(f"^({'|'.join(labels)}) / ")
+    return (
+        f"{len(names)} failed: {shown}. The footnotes say why. The same command runs them again, "
+        f"with --rows {only} them alone"
+    )
 
 
 def _line(table: Table, row: Row, measured: Measured) -> Line:

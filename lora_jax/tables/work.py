@@ -36,6 +36,7 @@ class Measured:
       place: folder of the runs: cells that are metrics of the same runs share it.
       chosen: what was chosen for it on the first seed (`{"optimizer.learning_rate": 2e-3}`).
       reason: why there is nothing, if there is nothing.
+      failed: whether it was to be there, and the same command may give it another time.
       summary: where the runs of all seeds give one number with an interval of its own, that; the
         values are then empty. None: the table summarises the values.
       notes: what the runs showed besides, for the footnotes.
@@ -46,6 +47,7 @@ class Measured:
     seconds: float = 0.0
     chosen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     reason: str = ""
+    failed: bool = False
     place: str = ""
     summary: Summary | None = None
     notes: tuple[str, ...] = ()
@@ -95,8 +97,10 @@ class Trained:
                 for at, member in enumerate(sweep.grid)
                 if (result := _result(sweep, member)).get("status", "finished") == "finished"
             ]
-            if not scored:
-                raise UserError(f"no run of the grid in {folder} finished: {list(self.grid)}")
+            if not scored:  # that is what they gave, and they would give it again
+                spent = self._spent(folder, seconds)
+                return Measured({}, None, spent, {}, "every run of the grid diverged",
+                                place=str(folder))  # fmt: skip
             best = max(scored) if sweep.task.higher_is_better else min(scored)
             chosen = self.grid[best[1]]
         elif self.grid:
@@ -113,7 +117,7 @@ class Trained:
             values[seed], params = self._value(result, metric), result["trainable_params"]
         reason = "" if values else "every run diverged"
         spent = self._spent(folder, seconds)
-        return Measured(values, params, spent, chosen, reason, str(folder))
+        return Measured(values, params, spent, chosen, reason, place=str(folder))
 
     def _place(self) -> str:
         """The same for all metrics of the same runs."""

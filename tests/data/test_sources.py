@@ -122,6 +122,23 @@ def test_tfds_errors(shared: Path, tmp_path: Path) -> None:
         TFDS("glue/cola", "train[:x]", str(shared / "tfds")).open()
 
 
+def test_a_download_that_fails_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TFDS's own errors are of no class that is a user's; what we prepare raises its own."""
+    import tensorflow_datasets as tfds
+
+    class DownloadError(Exception):
+        pass
+
+    def fails(self: Any, **options: Any) -> None:
+        raise DownloadError("Failed to get url: HTTP code 503\nand more")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fails)
+    with pytest.raises(UserError, match="prepare glue/cola: Failed to get url: HTTP code 503$"):
+        TFDS("glue/cola", "train", str(tmp_path)).open()
+    with pytest.raises(DownloadError):
+        TFDS("cmudict_g2p", "train", str(tmp_path)).open()
+
+
 def test_two_at_once_prepare_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lora_jax.data import g2p
 

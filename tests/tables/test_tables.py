@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,7 @@ def a_table(calls: list[int]) -> tables.Table:
         ),
         claims=(tables.Claim("a & b", "c", "d90"),),
         notes=("the same for all",),
+        cost="a second or < 2",
     )
 
 
@@ -146,6 +149,88 @@ def test_all_metrics_of_a_row_are_of_one_choice(tiny_config: Any, tmp_path: Path
     assert by_rate[3e-2]["general_loss"] > still["general_loss"] + 1e-3
 
 
+FAILING = """
+from pathlib import Path
+from lora_jax.tables import Computed, NotRun, Published, Row, Table
+def table(scale):
+    def reached(folder, seed):
+        if not Path(r"{there}").exists():
+            raise ConnectionError("no route\\nto host")
+        return {{"value": 2.0}}
+    def counted(folder, seed):
+        return {{"value": 1.0}}
+    cited = Published("li_t1_dint90", {{"problem": "MNIST", "D": 44426}}, "d_int90")
+    return Table("T", (
+        Row("a (1|2) [x]", "m", Computed(reached), cited), Row("b", "m", Computed(reached)),
+        Row("c", "m", Computed(counted)), Row("d", "m", NotRun("nothing here")),
+    ))
+"""
+
+
+def test_what_fails_stands_with_its_reason_and_the_others_run(tmp_path: Path, capsys: Any) -> None:
+    """A download that does not come: exit status 2, and which rows to run again; then it comes."""
+    experiment, there = tmp_path / "exp.py", tmp_path / "there"
+    experiment.write_text(FAILING.format(there=there))
+    arguments = ["table", str(experiment), "--workdir", str(tmp_path / "w")]
+    assert cli.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out.count("failed: no route to host\n") == 1 + 2  # the footnote, and as they fail
+    frame = pd.read_csv(tmp_path / "w" / "exp.csv").set_index("row")
+    assert frame.loc["c", "measured"] == 1.0
+    assert list(frame["status"])[1:] == ["failed", "measured", "not run"]
+    text = (tmp_path / "w" / "exp.md").read_text()
+    assert "| a (1\\|2) [x] | m | 290 | failed | – |" in text and "| d | m | – | not run |" in text
+    assert err.startswith("error: 2 failed: a (1|2) [x] / m; b / m. The footnotes say why.")
+    only = shlex.split(err)[shlex.split(err).index("--rows") + 1]
+    there.touch()
+    assert cli.main([*arguments, "--quiet", "--rows", only]) == 0
+    frame = pd.read_csv(tmp_path / "w" / "exp.csv").set_index("row")
+    assert list(frame["seeds"]) == [1, 1, 0, 0]  # c was left out, d has nothing
+    assert cli.main([*arguments, "--quiet"]) == 0
+
+
+def test_a_mistake_of_the_program_is_raised(tmp_path: Path) -> None:
+    def wrong(folder: Path, seed: int) -> dict[str, Any]:
+        raise TypeError("a mistake")
+
+    table = tables.Table("T", (tables.Row("a", "m", tables.Computed(wrong)),))
+    with pytest.raises(TypeError, match="a mistake"):
+        tables.run(table, "small", tmp_path, progress=False)
+
+
+def test_a_cost_that_follows_is_not_declared() -> None:
+    """Small's cost is not said of a smoke run, nor of rows that stand as not run."""
+    published, counted = tables.NotRun("x"), tables.Counted("configs/gpt3_175b.py")
+    trained = tables.Trained("configs/quickstart.py")
+    of = {
+        name: tables.Table("t", tuple(tables.Row(str(i), "m", w) for i, w in enumerate(works)),
+                           cost="an hour")
+        for name, works in (("none", [published]), ("counts", [published, counted]),
+                            ("trained", [published, counted, trained]))
+    }  # fmt: skip
+    assert of["none"].declared_cost("paper") == "nothing is run"
+    assert of["counts"].declared_cost("small") == "a minute at most: shapes alone are counted"
+    assert of["trained"].declared_cost("small") == "an hour"
+    assert of["trained"].declared_cost("smoke") == "a minute at most"
+
+
+def test_rows_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'x / d9' is of no row of 'A table'; did you mean"):
+        tables.run(a_table([]), "small", tmp_path, rows="x / d9")
+    with pytest.raises(UserError, match="no regular expression"):
+        tables.run(a_table([]), "small", tmp_path, rows="(")
+
+
+def test_a_grid_that_diverged_is_a_result(tiny_config: Any, tmp_path: Path) -> None:
+    """Nothing failed: the same command would give the same."""
+    config = tmp_path / "config.py"
+    made = tiny_config(training={"steps": 2}, optimizer={"name": "sgd"})
+    config.write_text(f"def get_config():\n    return {made!r}\n")
+    grid = [{"optimizer.learning_rate": r} for r in (1e30, 1e31)]
+    measured = tables.Trained(str(config), grid=grid).measure(tmp_path / "row", [0], False)
+    assert measured.reason == "every run of the grid diverged" and not measured.failed
+
+
 def test_published_rows_stand_without_numbers_of_ours() -> None:
     rows = quoted("ptuning2_repo_results", ("backbone",), ("RTE", "CoNLL03"), "not here", 0.01)
     # Nothing is printed of CoNLL03 with BERT.
@@ -171,6 +256,29 @@ def test_forms(tmp_path: Path) -> None:
     assert "1. the same for all" in text and text.count("published: Li 1804.08838") == 1
     assert r"a \& b & d90" in (tmp_path / "out" / "name.tex").read_text()
     assert "a &amp; b" in (tmp_path / "out" / "name.html").read_text()
+    assert "Declared cost: a second or < 2; computing took 0.0 minutes." in text
+    assert "Declared cost: a second or &lt; 2;" in (tmp_path / "out" / "name.html").read_text()
+    assert "a second" not in (tmp_path / "out" / "name.csv").read_text()
+    silent = dataclasses.replace(filled, table=dataclasses.replace(filled.table, cost=""))
+    assert "Declared" not in render.markdown(silent) and "Computing took" in render.markdown(silent)
+
+
+def test_the_command_says_what_it_will_cost_first(tmp_path: Path, capsys: Any) -> None:
+    experiment = tmp_path / "exp.py"
+    experiment.write_text(
+        """
+from lora_jax.tables import Computed, Row, Table
+def table(scale):
+    work = Computed(lambda folder, seed: {"value": 1.0}, name="one")
+    return Table("a table", (Row("r", "m", work),), cost="an hour")
+"""
+    )
+    arguments = ["table", str(experiment), "--workdir", str(tmp_path / "w")]
+    assert cli.main(arguments) == 0
+    before, after = capsys.readouterr().out.split("r / m\n")
+    assert before == "a table. Declared cost: an hour\n" and "Declared cost: an hour;" in after
+    assert cli.main([*arguments, "--quiet"]) == 0
+    assert capsys.readouterr().out.count("an hour") == 1
 
 
 def test_mistakes_in_a_table() -> None:
@@ -206,8 +314,8 @@ def table(scale):
     times = {m: (m / "result.json").stat().st_mtime_ns for m in members}
     assert cli.main([*arguments, "--scale", "small"]) == 0
     assert times == {m: (m / "result.json").stat().st_mtime_ns for m in members}
-    # A metric that the task does not have is said, and the row stands as not run.
-    assert cli.main([*arguments, "--scale", "paper"]) == 0
+    # A metric that the task does not have is said, and the row stands as failed.
+    assert cli.main([*arguments, "--scale", "paper"]) == 2
     assert "gives no metric 'rouge1'" in (tmp_path / "w" / "exp.md").read_text()
     assert cli.main([*arguments, "--scale", "large"]) == 2
 
