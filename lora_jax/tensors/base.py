@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import primitives
+from jax.sharding import PartitionSpec
 
 from lora_jax.errors import UserError
 
@@ -51,6 +52,17 @@ class Weight:
         Scan slices those along their first axis and hands the others whole to every step.
         """
         raise TypeError(f"{type(self).__name__} does not define stacked")
+
+    def specs(self, spec: Sequence[Any], sizes: Mapping[str, int]) -> Any:
+        """A tree of PartitionSpecs shaped like self: where its arrays lie on a mesh.
+
+        Whole on every device, unless a subclass knows better.
+
+        Args:
+          spec: the mesh axes (None, a name, or a tuple of names) of each axis of `shape`.
+          sizes: devices along each mesh axis.
+        """
+        return jax.tree.map(lambda _: PartitionSpec(), self)
 
 
 class Over(Weight):

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from lora_jax.errors import UserError
 from lora_jax.tensors.base import WeightError
@@ -112,6 +114,35 @@ class NF4(Coded):
         if not self.batch:
             raise WeightError(f"scan runs along an input or output axis of {self.path!r}")
         return jax.tree.map(lambda _: True, self)
+
+    def specs(self, spec: Sequence[Any], sizes: Mapping[str, int]) -> Any:
+        """The run of numbers in equal parts, over as many of the devices in `spec` as it can be.
+
+        A part is whole rows of the first axis of `stored` and whole blocks of 64; where parts are
+        not whole blocks of 256 magnitudes, these few numbers stay whole. Layers are never cut: a
+        scan over them would first gather all of them on every device.
+        """
+        ours = [*spec, *[None] * (self.ndim - len(spec))][self.batch :]
+        first = [ours[self.order.index(i)] for i in range(len(self.stored))]
+        names = [n for x in first if x for n in ((x,) if isinstance(x, str) else x)]
+        names = [n for n in names if sizes[n] > 1]
+        cuts = [c for n in range(len(names) + 1) for c in itertools.combinations(names, n)]
+        whole, blocks = math.prod(self.stored), self.absmax.shape[-1]
+
+        def parts(cut: tuple[str, ...]) -> int:
+            return math.prod(sizes[name] for name in cut)
+
+        def fits(cut: tuple[str, ...]) -> bool:
+            n = parts(cut)
+            return n == 1 or (self.stored[0] % n == 0 and whole % (n * BLOCK) == 0)
+
+        best = max(filter(fits, cuts), key=parts)
+        last = PartitionSpec(*[None] * self.batch, best) if best else PartitionSpec()
+        nested = last if blocks % (parts(best) * NESTED) == 0 else PartitionSpec()
+        flags: dict[str, Any] = dict(codes=last, absmax=last)
+        if self.nested is not None:
+            flags |= dict(nested=nested, offset=PartitionSpec())
+        return dataclasses.replace(self, **flags)
 
     # Other views of the same codes: layers, or the matrix transposed.
 
