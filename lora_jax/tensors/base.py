@@ -28,6 +28,10 @@ class Weight:
     """
 
     is_weight: ClassVar[bool] = True
+    # What to do where a rule is missing, for errors; `{path}` stands for the weight's.
+    advice: ClassVar[str] = (
+        "Leave {path!r} out of the targets, or make it dense first (lora_jax.densify)."
+    )
     path: str
 
     @property
@@ -63,6 +67,17 @@ class Weight:
           sizes: devices along each mesh axis.
         """
         return jax.tree.map(lambda _: PartitionSpec(), self)
+
+    def rule_unstack(self, args: Sequence[Any], at: int, params: Any) -> Any:
+        """The layers of a stack (or other unit slices), as slices that lose the axis."""
+        axis, found = params["axis"], []
+        for i in range(self.shape[axis]):
+            start, limit = [0] * self.ndim, list(self.shape)
+            start[axis], limit[axis] = i, i + 1
+            cut = dict(start_indices=tuple(start), limit_indices=tuple(limit), strides=None)
+            one = apply_primitive("slice", [self], 0, cut)
+            found.append(apply_primitive("squeeze", [one], 0, {"dimensions": (axis,)}))
+        return found
 
 
 class Over(Weight):
@@ -103,7 +118,9 @@ def apply_primitive(name: str, args: Sequence[Any], at: int, params: Any) -> Any
         rule = getattr(weight, f"rule_{name}", None)
         result = NotImplemented if rule is None else rule(args, at, params)
         if result is NotImplemented:
-            raise WeightError(f"{name} is not possible on {weight.path!r}")
+            advice = weight.advice.format(path=weight.path)
+            kind = type(weight).__name__
+            raise WeightError(f"{name} is not possible on {weight.path!r} ({kind}). {advice}")
         return result
     if name in _FUNCTIONS:
         return _FUNCTIONS[name](*args, **params)
