@@ -25,8 +25,8 @@ def load(model: ModelConfig, task: Any, mesh: Any, rules: Any) -> tuple[Any, Any
 
     The dense model then lies in the host's memory, and its leaves go to the device one at a time (a
     stack of layers is one leaf) to be quantised there: it is never whole on an accelerator. On a
-    mesh it is, in its shards, until it is quantised; the quantised leaves are whole on every device
-    of it.
+    mesh it is, in its shards, until it is quantised; the quantised leaves are then cut as far as
+    their layout allows (`training.shardings`).
 
     Args:
       task: gives the head.
@@ -78,6 +78,8 @@ def _draw(model: ModelConfig, seed: int, task: Any, mesh: Any, rules: Any) -> tu
 
 
 def _placed(params: Any, mesh: Any, rules: Any) -> Any:
+    for path, (parts, wanted) in training.less_cut(params, mesh, rules).items():
+        print(f"{path} is quantised in blocks: on the mesh in {parts} of {wanted} parts")
     return jax.device_put(params, training.shardings(params, mesh, rules))
 
 

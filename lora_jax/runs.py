@@ -24,7 +24,7 @@ import numpy as np
 from lora_jax import bases, host, partition, pretrained, training
 from lora_jax.errors import UserError
 from lora_jax.experiment import Experiment, from_dict, to_dict
-from lora_jax.training.spectra import Row, rows, update_spectra
+from lora_jax.training.spectra import Row, rows, update_spectra, weight_norms
 from lora_jax.workbench import Workbench
 
 RESULT = "result.json"
@@ -133,11 +133,22 @@ def run(experiment: Experiment, workdir: str | Path, *, progress: bool = True) -
 
 
 def inspector(method: Any, k: int) -> Callable[[Any, training.State], list[Row]] | None:
-    """(frozen, state) -> rows of the first k singular values of each update; None for k = 0."""
+    """(frozen, state) -> rows of the first k singular values of each update; None for k = 0.
+
+    For one base: the norms of its weights are computed at the first call.
+    """
     if not k:
         return None
-    found = jax.jit(functools.partial(update_spectra, method, k=k))
-    return lambda frozen, state: rows(jax.device_get(found(frozen, state.trainable, state.numbers)))
+    spectra = jax.jit(functools.partial(update_spectra, method, k=k))
+    norms: list[Any] = []
+
+    def inspect(frozen: Any, state: training.State) -> list[Row]:
+        args = frozen, state.trainable, state.numbers
+        if not norms:
+            norms.append(weight_norms(method, *args))
+        return rows(jax.device_get(spectra(*args, norms[0])))
+
+    return inspect
 
 
 def open_checkpoints(folder: Path, bench: Workbench) -> training.Checkpoints:

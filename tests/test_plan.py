@@ -248,6 +248,17 @@ def test_a_sharded_step_costs_the_same_flops_and_holds_what_was_said():
     assert "fsdp 2 x tensor 2" in str(planned)
 
 
+def test_a_quantised_base_is_cut_as_far_as_its_blocks_allow():
+    """Five blocks in each matrix of the MLP, of which there are three in a layer."""
+    shape = {**SHAPE, "hidden_size": 64, "intermediate_size": 5, "num_hidden_layers": 1}
+    model = {"shape": shape, "quantize": "nf4"}
+    planned = plan_config(experiment(model=model, mesh={"fsdp": 4}), memory=1 << 30)
+    mlp = {f"layers[0:1]/mlp/{name}/kernel" for name in ("gate", "up", "down")}
+    assert planned.less_cut == dict.fromkeys(mlp, (1, 4))
+    lines = [x for x in str(planned).splitlines() if x.endswith("in 1 of 4 parts")]
+    assert {x.split()[0] for x in lines} == mlp
+
+
 def test_it_fits_exactly_as_much_memory_as_it_needs():
     planned = tiny_plan()
     assert planned.fits

@@ -48,7 +48,8 @@ def combine_members(
         variables = method.combine(params, trainable, key=key, numbers=numbers)
         if set(variables) != {"params"}:
             raise UserError(
-                f"{method.name!r} acts on activations: its adapters cannot be chosen by row"
+                f"{method.name!r} acts on activations, where one adapter is for a whole batch, so "
+                "its adapters cannot be chosen by row: run the rows of each adapter on their own"
             )
         found = {}
         for path, leaf in partition.flatten(variables["params"]).items():
@@ -77,4 +78,7 @@ def _depth(leaf: Any, old: Any, method: base.Method, path: str) -> int:
         depth, leaf = depth + 1, leaf.w
     if leaf is old or (depth == 0 and not is_weight(leaf)):
         return depth
-    raise UserError(f"{method.name!r} changes {path!r} in a way that cannot be chosen by row")
+    raise UserError(
+        f"{method.name!r} changes {path!r} in a way that cannot be chosen by row: run the rows of "
+        "each adapter on their own, or merge each into a base of its own"
+    )

@@ -32,6 +32,8 @@ class Plan:
         the device adds by padding arrays to its tiles.
       cost: from the compiler; its FLOPs are of the whole step on all devices.
       memory: bytes there are.
+      less_cut: by path, (parts, parts that the mesh rules ask for) of each quantised leaf whose
+        layout does not let it be cut so far.
     """
 
     parameters: int
@@ -42,6 +44,7 @@ class Plan:
     parts: dict[str, int]
     cost: Cost
     memory: int
+    less_cut: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     @property
     def trainable_total(self) -> int:
@@ -78,6 +81,7 @@ class Plan:
             ("devices", f"{devices} x {self.device}" + (f", {mesh}" if mesh else "")),
             ("memory a device", ""),
             *((f"  {name}", size(n)) for name, n in self.parts.items()),
+            *((f"  {path}", f"in {n} of {m} parts") for path, (n, m) in self.less_cut.items()),
             ("  temporaries", size(self.cost.temp_bytes)),
             ("  outputs", size(self.cost.output_bytes)),
             ("  total", f"{size(self.total_bytes)} of {size(self.memory)}: {self._verdict()}"),
@@ -137,6 +141,7 @@ def plan_step(
         parts={**parts, "other": max(0, cost.argument_bytes - sum(parts.values()))},
         cost=cost,
         memory=memory,
+        less_cut=meshes.less_cut(params, mesh, rules),
     )
 
 

@@ -28,7 +28,7 @@ from lora_jax.plan.cost import out_of_memory
 from lora_jax.runs import Start
 from lora_jax.sweeps import padding
 from lora_jax.training import State
-from lora_jax.training.spectra import Row, rows, update_spectra
+from lora_jax.training.spectra import Row, rows, update_spectra, weight_norms
 from lora_jax.workbench import Batch, Workbench
 
 _MEMBERS = "members"
@@ -289,14 +289,21 @@ class Program:
 
     def spectra(self, states: State, slots: Sequence[int]) -> list[list[Row]]:
         """`spectra.rows` of some slots: one program decomposes the factors of all of them."""
-        found = jax.device_get(self._spectra(self.frozen, states.trainable, states.numbers))
+        held = states.trainable, states.numbers
+        found = jax.device_get(self._spectra(self.frozen, *held, self._weight_norms))
         return [rows(padding.take(found, slot)) for slot in slots]
 
     @functools.cached_property
     def _spectra(self) -> Callable[..., Any]:
         k = self.bench.experiment.evaluation.spectra
         one = functools.partial(update_spectra, self.method, k=k)
-        return jax.jit(jax.vmap(one, in_axes=(None, 0, 0)))
+        return jax.jit(jax.vmap(one, in_axes=(None, 0, 0, None)))
+
+    @functools.cached_property
+    def _weight_norms(self) -> Any:
+        """Of the base, which all slots share: once for all of a pack's evaluations."""
+        one = self.shape.state
+        return weight_norms(self.method, self.frozen, one.trainable, one.numbers)
 
     def _mapped(self, function: Callable[[Any, Batch], Any]) -> Callable[..., Any]:
         cache = self.__dict__.setdefault("_cache", {})

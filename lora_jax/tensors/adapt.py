@@ -125,7 +125,7 @@ def _dispatch(eqn: Any, values: list[Any], caller: str) -> Sequence[Any]:
     shapes = ", ".join(str(tuple(v.aval.shape)) for v in eqn.invars)
     raise WeightError(
         f"{name}({shapes}) on {weight.path!r} {why}, at {_place(_source_line(eqn), caller)}. "
-        f"Leave {weight.path!r} out of the targets, or make it dense first (lora_jax.densify)."
+        + weight.advice.format(path=weight.path)
     )
 
 

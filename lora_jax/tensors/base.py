@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import primitives
+from jax.sharding import PartitionSpec
 
 from lora_jax.errors import UserError
 
@@ -27,6 +28,10 @@ class Weight:
     """
 
     is_weight: ClassVar[bool] = True
+    # What to do where a rule is missing, for errors; `{path}` stands for the weight's.
+    advice: ClassVar[str] = (
+        "Leave {path!r} out of the targets, or make it dense first (lora_jax.densify)."
+    )
     path: str
 
     @property
@@ -51,6 +56,28 @@ class Weight:
         Scan slices those along their first axis and hands the others whole to every step.
         """
         raise TypeError(f"{type(self).__name__} does not define stacked")
+
+    def specs(self, spec: Sequence[Any], sizes: Mapping[str, int]) -> Any:
+        """A tree of PartitionSpecs shaped like self: where its arrays lie on a mesh.
+
+        Whole on every device, unless a subclass knows better.
+
+        Args:
+          spec: the mesh axes (None, a name, or a tuple of names) of each axis of `shape`.
+          sizes: devices along each mesh axis.
+        """
+        return jax.tree.map(lambda _: PartitionSpec(), self)
+
+    def rule_unstack(self, args: Sequence[Any], at: int, params: Any) -> Any:
+        """The layers of a stack (or other unit slices), as slices that lose the axis."""
+        axis, found = params["axis"], []
+        for i in range(self.shape[axis]):
+            start, limit = [0] * self.ndim, list(self.shape)
+            start[axis], limit[axis] = i, i + 1
+            cut = dict(start_indices=tuple(start), limit_indices=tuple(limit), strides=None)
+            one = apply_primitive("slice", [self], 0, cut)
+            found.append(apply_primitive("squeeze", [one], 0, {"dimensions": (axis,)}))
+        return found
 
 
 class Over(Weight):
@@ -91,7 +118,9 @@ def apply_primitive(name: str, args: Sequence[Any], at: int, params: Any) -> Any
         rule = getattr(weight, f"rule_{name}", None)
         result = NotImplemented if rule is None else rule(args, at, params)
         if result is NotImplemented:
-            raise WeightError(f"{name} is not possible on {weight.path!r}")
+            advice = weight.advice.format(path=weight.path)
+            kind = type(weight).__name__
+            raise WeightError(f"{name} is not possible on {weight.path!r} ({kind}). {advice}")
         return result
     if name in _FUNCTIONS:
         return _FUNCTIONS[name](*args, **params)

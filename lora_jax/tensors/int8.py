@@ -7,11 +7,12 @@ arXiv:2208.07339, section 2.1), with activations left as they are.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from lora_jax.tensors.base import apply_primitive
 from lora_jax.tensors.coded import Coded
@@ -46,6 +47,9 @@ class Integers(Coded):
     def stacked(self) -> Any:
         return jax.tree.map(lambda _: True, self)
 
+    def specs(self, spec: Sequence[Any], sizes: Mapping[str, int]) -> Any:
+        return jax.tree.map(lambda _: PartitionSpec(*spec), self)
+
 
 def _view(name: str) -> Any:
     def rule(self: Integers, args: Sequence[Any], at: int, params: Any) -> Any:
@@ -72,6 +76,12 @@ class Int8(Rescaled):
 
     Its bytes are one a number and four an output. The scales are `gain`.
     """
+
+    def specs(self, spec: Sequence[Any], sizes: Mapping[str, int]) -> Any:
+        """Codes as the array they stand for, the scales beside their outputs."""
+        pairs = zip(spec, self.gain.shape, strict=False)
+        gain: Any = PartitionSpec(*(None if size == 1 else axis for axis, size in pairs))
+        return dataclasses.replace(self, w=self.w.specs(spec, sizes), gain=gain)
 
     def rule_neg(self, args: Sequence[Any], at: int, params: Any) -> Any:
         return dataclasses.replace(self, gain=-self.gain)

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from lora_jax.errors import UserError
 from lora_jax.tensors.base import WeightError
@@ -72,6 +74,13 @@ class NF4(Coded):
       path: the weight's path, for errors.
     """
 
+    advice: ClassVar[str] = (
+        "A magnitude is of 64 numbers in a run: {path!r} can be cut between layers, and along its "
+        "outputs where whole runs begin and end. Leave it out of what is quantised, with "
+        "({path!r}, None) before the other rules of `quantize`, quantise it to int8, or make it "
+        "dense first (lora_jax.densify)."
+    )
+
     codes: jax.Array
     absmax: jax.Array
     nested: jax.Array | None = None
@@ -113,7 +122,36 @@ class NF4(Coded):
             raise WeightError(f"scan runs along an input or output axis of {self.path!r}")
         return jax.tree.map(lambda _: True, self)
 
-    # Other views of the same codes: layers, or the matrix transposed.
+    def specs(self, spec: Sequence[Any], sizes: Mapping[str, int]) -> Any:
+        """The run of numbers in equal parts, over as many of the devices in `spec` as it can be.
+
+        A part is whole rows of the first axis of `stored` and whole blocks of 64; where parts are
+        not whole blocks of 256 magnitudes, these few numbers stay whole. Layers are never cut: a
+        scan over them would first gather all of them on every device.
+        """
+        ours = [*spec, *[None] * (self.ndim - len(spec))][self.batch :]
+        first = [ours[self.order.index(i)] for i in range(len(self.stored))]
+        names = [n for x in first if x for n in ((x,) if isinstance(x, str) else x)]
+        names = [n for n in names if sizes[n] > 1]
+        cuts = [c for n in range(len(names) + 1) for c in itertools.combinations(names, n)]
+        whole, blocks = math.prod(self.stored), self.absmax.shape[-1]
+
+        def parts(cut: tuple[str, ...]) -> int:
+            return math.prod(sizes[name] for name in cut)
+
+        def fits(cut: tuple[str, ...]) -> bool:
+            n = parts(cut)
+            return n == 1 or (self.stored[0] % n == 0 and whole % (n * BLOCK) == 0)
+
+        best = max(filter(fits, cuts), key=parts)
+        last = PartitionSpec(*[None] * self.batch, best) if best else PartitionSpec()
+        nested = last if blocks % (parts(best) * NESTED) == 0 else PartitionSpec()
+        flags: dict[str, Any] = dict(codes=last, absmax=last)
+        if self.nested is not None:
+            flags |= dict(nested=nested, offset=PartitionSpec())
+        return dataclasses.replace(self, **flags)
+
+    # Other views of the same codes: layers, whole blocks, or the matrix transposed.
 
     def rule_transpose(self, args: Sequence[Any], at: int, params: Any) -> Any:
         n, permutation = self.batch, params["permutation"]
@@ -125,20 +163,61 @@ class NF4(Coded):
     def _layers(self, cut: Any) -> NF4:
         return jax.tree.map(cut, self)
 
+    @property
+    def _first(self) -> int:
+        """The weight's axis along which the codes run slowest."""
+        return self.batch + self.order.index(0)
+
+    def _run(self, start: Any, count: int) -> NF4:
+        """`count` entries of the first axis of `stored`, from `start` on: whole blocks.
+
+        Magnitudes are looked up first: theirs of 256 need not begin where the run does.
+        """
+        entry = math.prod(self.stored[1:])
+        last = self.batch  # the axis of the arrays that runs over numbers
+
+        def cut(x: jax.Array, each: int) -> jax.Array:
+            at, size = start * entry // each, -(-count * entry // each)
+            return jax.lax.dynamic_slice_in_dim(x, at, size, last)
+
+        codes, absmax = cut(self.codes, 2), cut(self.magnitudes(), BLOCK)
+        parts: dict[str, Any] = dict(codes=codes, absmax=absmax, nested=None, offset=None)
+        return dataclasses.replace(self, **parts, stored=(count, *self.stored[1:]))
+
     def rule_slice(self, args: Sequence[Any], at: int, params: Any) -> Any:
         strides = params["strides"] or (1,) * self.ndim
         cuts = [
             slice(*b)
             for b in zip(params["start_indices"], params["limit_indices"], strides, strict=True)
         ]
+        layers = self._layers(lambda x: x[tuple(cuts[: self.batch])])
         whole = [slice(0, size, 1) for size in self.shape]
-        if cuts[self.batch :] != whole[self.batch :]:
-            return NotImplemented  # blocks run over rows
-        return self._layers(lambda x: x[tuple(cuts[: self.batch])])
+        inside = {i for i in range(self.batch, self.ndim) if cuts[i] != whole[i]}
+        if not inside:
+            return layers
+        run, entry = cuts[self._first], math.prod(self.stored[1:])
+        ends = run.stop == self.stored[0] or run.stop * entry % BLOCK == 0
+        if inside != {self._first} or run.step != 1 or run.start * entry % BLOCK or not ends:
+            return NotImplemented
+        return layers._run(run.start, run.stop - run.start)
+
+    def rule_split(self, args: Sequence[Any], at: int, params: Any) -> Any:
+        axis, start, parts = params["axis"], 0, []
+        for size in params["sizes"]:
+            begin, end = [0] * self.ndim, list(self.shape)
+            begin[axis], end[axis] = start, start + size
+            part = self.rule_slice(
+                [self], 0, dict(start_indices=begin, limit_indices=end, strides=None)
+            )
+            if part is NotImplemented:
+                return NotImplemented
+            parts.append(part)
+            start += size
+        return parts
 
     def rule_dynamic_slice(self, args: Sequence[Any], at: int, params: Any) -> Any:
         sizes, starts, n = params["slice_sizes"], args[1:], self.batch
-        if at != 0 or tuple(sizes[n:]) != self.shape[n:]:
+        if at != 0:
             return NotImplemented
 
         def cut(x: jax.Array) -> jax.Array:
@@ -146,7 +225,20 @@ class NF4(Coded):
                 x = jax.lax.dynamic_slice_in_dim(x, starts[axis], sizes[axis], axis)
             return x
 
-        return self._layers(cut)
+        inside = {i for i in range(n, self.ndim) if sizes[i] != self.shape[i]}
+        if not inside:
+            return self._layers(cut)
+        if inside != {self._first} or math.prod(self.stored[1:]) % BLOCK:
+            return NotImplemented  # where it begins is not known before the program runs
+        return self._layers(cut)._run(starts[self._first], sizes[self._first])
+
+    def rule_reshape(self, args: Sequence[Any], at: int, params: Any) -> Any:
+        """Of the axes before the matrix's: layers in groups, or one layer without its axis."""
+        sizes, matrix = tuple(params["new_sizes"]), self.shape[self.batch :]
+        front = sizes[: len(sizes) - len(matrix)]
+        if params.get("dimensions") is not None or sizes != (*front, *matrix):
+            return NotImplemented
+        return self._layers(lambda x: x.reshape(*front, *x.shape[self.batch :]))
 
     def rule_squeeze(self, args: Sequence[Any], at: int, params: Any) -> Any:
         axes = tuple(params["dimensions"])

@@ -14,6 +14,7 @@ _HOME = {
     "make_mesh": "mesh",
     "shardings": "mesh",
     "load_shardings": "mesh",
+    "less_cut": "mesh",
     "trainable_shardings": "mesh",
     "place_batch": "mesh",
     "chunked_loss": "loss",

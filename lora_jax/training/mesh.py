@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax import partition
 from lora_jax.errors import UserError, nearest
+from lora_jax.tensors.base import is_weight
 
 AXES = ("sweep", "data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -113,6 +114,10 @@ def shardings(params: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> 
         params: arrays or ShapeDtypeStructs; a stacked leaf's layer axis is never sharded.
         rules: ordered (regex on expanded paths, axes), first match wins, no match: replicated.
 
+    A quantised leaf lies as its rule says as far as its layout allows (`Weight.specs`): int8 as
+    the dense kernel does, NF4 in equal runs of whole blocks; `less_cut` names the leaves that lie
+    on every device in larger parts than the rule asks for.
+
     Raises UserError if an axis does not divide, or the layers of one stack get different rules.
     """
     flat = partition.flatten(params)
@@ -143,11 +148,40 @@ def _check_rules(rules: ShardingRules, flat: Mapping[str, Any]) -> None:
 def _leaf_sharding(path: str, leaf: Any, mesh: Mesh, rules: ShardingRules) -> Any:
     if isinstance(leaf, partition.Hole):
         return leaf
-    if not _is_array(leaf):
-        # The parts of a weight (codes, absmax, factors) do not have its axes: every device
-        # holds them whole.
+    if _is_array(leaf):
+        return NamedSharding(mesh, PartitionSpec(*_spec(path, leaf.shape, mesh, rules)))
+    if not is_weight(leaf):
         return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), leaf)
-    return NamedSharding(mesh, PartitionSpec(*_spec(path, leaf.shape, mesh, rules)))
+    specs = leaf.specs(_wanted(path, leaf.shape, mesh, rules), mesh.shape)
+
+    def place(part: Any, spec: PartitionSpec) -> NamedSharding:
+        _check_divides(path, part.shape, tuple(spec), mesh)
+        return NamedSharding(mesh, spec)
+
+    return jax.tree.map(place, leaf, specs)
+
+
+def less_cut(
+    params: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES
+) -> dict[str, tuple[int, int]]:
+    """(parts, parts that its rule asks for) of each quantised leaf that is cut in fewer, by path.
+
+    Args: as of `shardings`.
+    """
+    found = {}
+    for path, leaf in partition.flatten(params).items():
+        if not is_weight(leaf):
+            continue
+        wanted = _parts(_wanted(path, leaf.shape, mesh, rules), mesh, path)
+        placed = jax.tree.leaves(_leaf_sharding(path, leaf, mesh, rules))
+        parts = max(_parts(sharding.spec, mesh, path) for sharding in placed)
+        if parts < wanted:
+            found[path] = parts, wanted
+    return found
+
+
+def _parts(spec: Any, mesh: Mesh, path: str) -> int:
+    return math.prod(_size(mesh, axis, path) for axis in spec)
 
 
 def _is_array(leaf: Any) -> bool:
@@ -156,6 +190,13 @@ def _is_array(leaf: Any) -> bool:
 
 def _spec(path: str, shape: Sequence[int], mesh: Mesh, rules: ShardingRules) -> Spec:
     """The full spec of a leaf, its layer axis included, checked against its shape."""
+    spec = _wanted(path, shape, mesh, rules)
+    _check_divides(path, shape, spec, mesh)
+    return spec
+
+
+def _wanted(path: str, shape: Sequence[int], mesh: Mesh, rules: ShardingRules) -> Spec:
+    """What the rules say of a leaf, its layer axis included."""
     names = partition.expand(path)
     ordered = partition.Rules.of(tuple((p, tuple(s)) for p, s in rules))
     found = {ordered.get(name, ()) for name in names}
@@ -166,15 +207,24 @@ def _spec(path: str, shape: Sequence[int], mesh: Mesh, rules: ShardingRules) -> 
         spec = (None, *spec)
     if len(spec) > len(shape):
         raise UserError(f"sharding rule {spec} of {path} has more axes than its shape {shape}.")
+    for axis in spec:
+        _size(mesh, axis, path)
+    return spec
+
+
+def _divides(path: str, shape: Sequence[int], spec: Spec, mesh: Mesh) -> bool:
+    return all(n % _size(mesh, axis, path) == 0 for n, axis in zip(shape, spec, strict=False))
+
+
+def _check_divides(path: str, shape: Sequence[int], spec: Spec, mesh: Mesh) -> None:
     for size, axis in zip(shape, spec, strict=False):
         parts = _size(mesh, axis, path)
         if size % parts:
             raise UserError(
                 f"{path}: an axis of length {size} does not divide over {axis}={parts} devices "
                 f"(shape {tuple(shape)}); change the mesh, or put a rule before the others that "
-                f'replicates it: (r"{partition.module(names[0])}", ()).'
+                f'replicates it: (r"{partition.module(partition.expand(path)[0])}", ()).'
             )
-    return spec
 
 
 def _size(mesh: Mesh, axis: str | tuple[str, ...] | None, path: str) -> int:
@@ -193,7 +243,8 @@ def trainable_shardings(
 
     Leaves trained whole live like the frozen leaf they replace. Low-rank factors are replicated
     without tensor parallelism (fewest collectives); with it `a` [*, in, r] and `b` [*, r, out]
-    are sharded like the kernel's axes they stand for. Anything else is replicated.
+    are sharded like the kernel's axes they stand for, where these divide (a kernel in NF4 need
+    not). Anything else is replicated.
     """
     leaves = partition.flatten(params)
     _check_rules(rules, leaves)
@@ -201,10 +252,14 @@ def trainable_shardings(
 
     def place(path: str, value: Any) -> Any:
         kernel = leaves.get(path)
-        if kernel is None or not (_is_array(kernel) or isinstance(kernel, partition.Hole)):
+        if kernel is None:
             return jax.tree.map(lambda _: everywhere, value)
         stacked = partition.stack_of(path) is not None
-        spec = _spec(path, kernel.shape, mesh, rules)
+        spec = _wanted(path, kernel.shape, mesh, rules)
+        if not is_weight(kernel):
+            _check_divides(path, kernel.shape, spec, mesh)
+        elif not _divides(path, kernel.shape, spec, mesh):
+            return jax.tree.map(lambda _: everywhere, value)
         spec = (*spec, *[None] * (len(kernel.shape) - len(spec)))
         if _is_array(value):
             same = tuple(value.shape) == tuple(kernel.shape)

@@ -10,6 +10,7 @@ compared by them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -49,7 +50,13 @@ class Spectra:
 
 
 def update_spectra(
-    method: Any, frozen: Any, trainable: Any, numbers: Any, *, k: int
+    method: Any,
+    frozen: Any,
+    trainable: Any,
+    numbers: Any,
+    norms: Mapping[str, jax.Array],
+    *,
+    k: int,
 ) -> dict[str, Spectra]:
     """The spectra of every leaf that the method adds a low-rank product to, by leaf path.
 
@@ -59,22 +66,77 @@ def update_spectra(
 
     Args:
       frozen, trainable, numbers: as of `method.combine`.
+      norms: of `frozen`, from `weight_norms`.
       k: singular values to keep of each matrix.
     """
-    old = partition.flatten(frozen)
-    new = partition.flatten(method.combine(frozen, trainable, numbers=numbers)["params"])
-    parts = {p: found for p, x in new.items() if (found := low_rank_parts(x, old[p]))}
+    parts = _updates(method, frozen, trainable, numbers)
     if not parts:
         return {}
     factors = {path: traced_factors(found) for path, found in parts.items()}
     values = analysis.all_singular_values(list(factors.values()))
     return {
-        path: _of_leaf(parts[path], *factors[path], s, k)
+        path: _of_leaf(parts[path], *factors[path], s, norms[path], k)
         for path, s in zip(parts, values, strict=True)
     }
 
 
-def _of_leaf(parts: Sequence[LowRank], a: jax.Array, b: jax.Array, s: jax.Array, k: int) -> Spectra:
+def _updates(method: Any, frozen: Any, trainable: Any, numbers: Any) -> dict[str, list[LowRank]]:
+    old = partition.flatten(frozen)
+    new = partition.flatten(method.combine(frozen, trainable, numbers=numbers)["params"])
+    return {p: found for p, x in new.items() if (found := low_rank_parts(x, old[p]))}
+
+
+def weight_norms(method: Any, frozen: Any, trainable: Any, numbers: Any) -> dict[str, jax.Array]:
+    """‖W‖_F [M] of the matrices of every leaf that `update_spectra` has, by leaf path.
+
+    Frozen weights do not change, so once for a base. A quantised leaf is made dense one layer at a
+    time.
+
+    Args:
+      frozen, trainable, numbers: as of `method.combine`; of the last two only shapes are used.
+    """
+    axes: dict[str, tuple[int, ...]] = {}
+
+    def look(*args: Any) -> None:
+        for path, parts in _updates(method, *args).items():
+            axes[path] = (*parts[-1].in_axes, *parts[-1].out_axes)
+
+    jax.eval_shape(look, frozen, trainable, numbers)
+    flat = partition.flatten(frozen)
+    return {path: _weight_norm(flat[path], matrix) for path, matrix in axes.items()}
+
+
+@functools.partial(jax.jit, static_argnames="axes")
+def _weight_norm(w: Any, axes: tuple[int, ...]) -> jax.Array:
+    if not is_weight(w) or -w.ndim in axes:
+        return jnp.sqrt(_square(w, axes)).reshape(-1)
+    leaves, like = jax.tree.flatten(w)
+    cut = jax.tree.leaves(w.stacked())
+
+    def layer(sliced: Sequence[jax.Array]) -> jax.Array:
+        mine = iter(sliced)
+        one = [next(mine) if own else x for x, own in zip(leaves, cut, strict=True)]
+        return _square(jax.tree.unflatten(like, one), axes)
+
+    squares = jax.lax.map(layer, [x for x, own in zip(leaves, cut, strict=True) if own])
+    return jnp.sqrt(squares).reshape(-1)
+
+
+def _square(w: Any, axes: tuple[int, ...]) -> jax.Array:
+    """‖W‖² over its matrices' axes."""
+    w = w.dense() if is_weight(w) else w
+    w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
+    return jnp.sum(w * w, axis=axes)
+
+
+def _of_leaf(
+    parts: Sequence[LowRank],
+    a: jax.Array,
+    b: jax.Array,
+    s: jax.Array,
+    weight_norm: jax.Array,
+    k: int,
+) -> Spectra:
     in_a, in_b = jnp.any(a != 0, axis=-2), jnp.any(b != 0, axis=-1)
     # Before the first update one factor is zero altogether: its columns are no padding.
     both = in_a & in_b
@@ -85,18 +147,11 @@ def _of_leaf(parts: Sequence[LowRank], a: jax.Array, b: jax.Array, s: jax.Array,
         scale=jnp.broadcast_to(first.scale, batch).reshape(-1),
         rank=jnp.minimum(jnp.sum(live, axis=-1), s.shape[-1]),
         norm=analysis.norm(s),
-        weight_norm=_weight_norm(parts[-1]),
+        weight_norm=weight_norm,
         stable_rank=analysis.stable_rank(s),
         effective_rank=analysis.effective_rank(s),
         singular_values=s[..., :k],
     )
-
-
-def _weight_norm(leaf: LowRank) -> jax.Array:
-    """‖W‖_F of the leaf that the innermost part stands on, [M]."""
-    w = leaf.w.dense() if is_weight(leaf.w) else leaf.w
-    w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
-    return jnp.sqrt(jnp.sum(w * w, axis=(*leaf.in_axes, *leaf.out_axes))).reshape(-1)
 
 
 # On the host.

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import site_models
 from descendants import BOTH, KEY, V, moved, toy, toy_params
 
 import lora_jax as lj
@@ -19,9 +20,27 @@ ROWS = np.array([2, 0, 1, 0, 2])
 TOKENS = np.random.default_rng(3).integers(0, V, (5, 6)).astype(np.int32)
 
 
+SITES = {
+    **{name: {"size": 2} for name in ("adapter_h", "adapter_l", "adapter_p")},
+    "adapter_d": {"size": 2, "drop": 1},
+    "prefix_tuning": {"length": 2, "hidden": 2}, "p_tuning_v2": {"length": 2, "train": ()},
+    "prompt_tuning": {"length": 2},
+    **{name: {"prefix": 1, "infix": 1} for name in ("prefix_embedding", "prefix_layer",
+                                                    "lora_prefix_embedding", "lora_prefix_layer")},
+}  # fmt: skip
+"""Methods that act on activations, small."""
+
+WHOLE = {
+    "full": {"train": ("query/",)}, "bitfit": {}, "head_only": {}, "ft_top": {"layers": 3},
+    "subspace": {"dimension": 30},
+}  # fmt: skip
+
+
 def of(name, **options):
     """Three of a method, with other numbers where it takes them."""
     cls = methods.METHODS[name]
+    if name in WHOLE:
+        return [cls(**WHOLE[name])] * 3
     if name == "lora":
         return [
             cls(rank=2, alpha=3.0, targets=(BOTH,), **options),
@@ -29,7 +48,7 @@ def of(name, **options):
                 **options),
             cls(rank=1, alpha=2.0, targets=(r"mlp/",), scaling="rslora", **options),
         ]  # fmt: skip
-    return [descendants.METHODS[name]] * 3
+    return [descendants.prepared(name)] * 3
 
 
 def adapters(name, params, **options):
@@ -63,12 +82,22 @@ def check_rows(params, some):
     return together
 
 
-@pytest.mark.parametrize("name", ["dora", "vera", "ia3"])
+@pytest.mark.parametrize("name", sorted(set(methods.METHODS) - set(SITES)))
 def test_every_row_is_that_of_its_adapter_alone(name):
+    """Of every method there is but those that the next test names."""
     params = toy_params()
     together = check_rows(params, adapters(name, params))
     base = run({"params": params}, TOKENS)
     assert all(np.abs(together - base).max(axis=(1, 2)) > 1e-2)
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_what_acts_on_activations_is_refused(name):
+    method = methods.METHODS[name](**SITES[name])
+    params = method.arrange(site_models.params_of("gpt2"))
+    stack = stack_adapters(params, [(method, method.init(KEY, params))] * 2)
+    with pytest.raises(lj.UserError, match=f"{name}' acts on activations.* on their own"):
+        stack.combine(params, np.array([0, 1]))
 
 
 def test_leaves_trained_whole_and_quantised_bases():

@@ -168,6 +168,8 @@ STACK = {
     "one": lambda w, x: x @ w[1],
     "traced": lambda w, x: jax.lax.fori_loop(0, 3, lambda i, c: jnp.tanh(c @ w[i] @ w[i].T), x),
     "some": lambda w, x: jax.lax.scan(lambda c, w: (c, c @ w), x, w[1:])[1],
+    "parts": lambda w, x: x @ jnp.split(w, 3)[2][0],
+    "each": lambda w, x: x @ jnp.unstack(w)[1],
 }
 
 
@@ -219,9 +221,56 @@ def test_a_convolution_and_experts():
     same([lambda w, x: jnp.einsum("bei,eio->beo", x, w)], experts, random(2, 3, 4))
 
 
+def test_runs_of_whole_blocks_can_be_cut():
+    """Along the outputs of (16, 24), of which four are a block; exactly, whatever the layers."""
+    stack = nf4(random(2, 16, 24), batch=1, path="w")
+    wide = nf4(random(64, 9), path="w")  # an output is a block
+
+    def uses(w, x):
+        one, groups = w[0], w.reshape(2, 1, 16, 24)
+        return x @ one[:, 4:12], x @ one[:, 20:], x @ one.T[8:].T, x @ groups[1, 0], [
+            x @ part[1] for part in jnp.split(w, [8, 20], axis=2)
+        ]  # fmt: skip
+
+    same([uses], stack, random(3, 16))
+    same([lambda w, x: x @ w.reshape(1, 64, 9)[0][:, 2:5],
+          lambda w, x: x @ jax.lax.dynamic_slice_in_dim(w, jnp.int32(7), 3, 1)],
+         wide, random(3, 64))  # fmt: skip
+    cut = lj.adapt(lambda w: w[:, :, 4:12])(stack)
+    assert isinstance(cut, NF4)
+    np.testing.assert_array_equal(cut.dense(), stack.dense()[:, :, 4:12])
+
+
+CUTS = {
+    "inputs": lambda w: w[:8],
+    "not at a block": lambda w: w[:, 2:8],
+    "steps": lambda w: w[:, ::2],
+    "parts": lambda w: jnp.split(w, 4, axis=1),
+    "anywhere": lambda w: jax.lax.dynamic_slice_in_dim(w, jnp.int32(4), 4, 1),
+    "heads": lambda w: w.reshape(16, 4, 6),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_cuts_through_blocks_say_what_to_do(cut):
+    w = nf4(random(16, 24), path="w")
+    over = lj.LowRank(w, jnp.ones((16, 2)), jnp.ones((2, 24)), jnp.ones(()), path="w")
+    for weight in (w, over):
+        with pytest.raises(lj.UserError, match=r"\('w', None\) before the other rules"):
+            lj.adapt(cut)(weight)
+
+
+def test_stacks_of_quantised_layers_are_cut():
+    for kind in ("nf4", "int8"):
+        params = lj.quantize({"layers[0:3]": {"mlp": {"up": {"kernel": random(3, 16, 24)}}}}, kind)
+        parts = partition.flatten(partition.split_stacks(params, {"layers": [1]}))
+        whole = partition.flatten(params)["layers[0:3]/mlp/up/kernel"].dense()
+        for span, layers in {"0:1": slice(0, 1), "1:3": slice(1, 3)}.items():
+            part = parts[f"layers[{span}]/mlp/up/kernel"]
+            np.testing.assert_array_equal(part.dense(), whole[layers])
+
+
 def test_what_cannot_be_done_says_so():
-    with pytest.raises(lj.UserError, match="a way the NF4 rule cannot do"):
-        lj.adapt(lambda w: w[1:3])(nf4(random(4, 6), path="w"))
     with pytest.raises(lj.UserError, match="scan runs along an input or output axis of 'w'"):
         lj.adapt(lambda w: jax.lax.scan(lambda c, w: (c, w), 0, w))(nf4(random(4, 6), path="w"))
 

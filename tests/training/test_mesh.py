@@ -12,12 +12,15 @@ from jax.sharding import PartitionSpec as P
 from lora_jax import partition
 from lora_jax.errors import UserError
 from lora_jax.methods import LoRA
+from lora_jax.plan.cost import device_bytes
 from lora_jax.pretrained import load_pretrained, save_pretrained
+from lora_jax.tensors.quantized import quantize
 from lora_jax.training import (
     MeshConfig,
     OptimizerConfig,
     chunked_loss,
     init_state,
+    less_cut,
     load_shardings,
     make_mesh,
     make_optimizer,
@@ -110,6 +113,74 @@ def test_where_things_live():
         x.sharding.spec for x in jax.tree.leaves(state.opt_state) if x.shape == (2, 4, tiny.WIDTH)
     ]
     assert moments == [P(None, None, "tensor")] * 4  # mu and nu of the factor b of two kernels
+
+
+def test_a_quantised_base_on_a_mesh_equals_one_device():
+    """Loss and gradients, with NF4 in as many parts as there are devices and in fewer, and int8."""
+    rules = ((r"attention/|mlp/down", "nf4"), (r"mlp/", "int8"))
+    params, devices = quantize(tiny.params(), rules), make_mesh(MeshConfig(fsdp=2, tensor=2))
+    trainable = tiny.METHOD.init(jax.random.key(0), params)
+
+    def loss(trainable, params, batch):
+        return LOSS(tiny.METHOD.combine(params, trainable), batch)[0]
+
+    fast = {"xla_backend_optimization_level": 0}
+    run = jax.jit(jax.value_and_grad(loss), compiler_options=fast)
+    wanted = run(trainable, params, tiny.batch(0))
+    placed = (
+        jax.device_put(trainable, mesh.trainable_shardings(trainable, params, devices)),
+        jax.device_put(params, shardings(params, devices)),
+        place_batch(tiny.batch(0), devices),
+    )
+    tiny.close(run(*placed), wanted, 1e-3, 1e-5)
+    # Each device holds its part, and no more.
+    arguments = run.lower(*placed).compile().memory_analysis().argument_size_in_bytes
+    assert arguments <= device_bytes(placed) < 0.5 * device_bytes((trainable, params))
+
+
+def test_where_quantised_weights_live():
+    devices = make_mesh(MeshConfig(fsdp=2, tensor=2))
+    layers = "layers[0:2]"
+    query, down, up = (
+        f"{layers}/{name}/kernel" for name in ("attention/query", "mlp/down", "mlp/up")
+    )
+
+    def placed(params, mesh=devices):
+        return partition.flatten(jax.device_put(params, shardings(params, mesh)))
+
+    def share(leaf):
+        return device_bytes(leaf) / sum(x.nbytes for x in jax.tree.leaves(leaf))
+
+    ints = quantize(tiny.params(), "int8")
+    leaf = placed(ints)[down]
+    assert leaf.w.codes.sharding.spec == P(None, "tensor", "fsdp")
+    assert leaf.gain.sharding.spec == P(None, None, "fsdp")
+    assert share(leaf.w) == 1 / 4 and share(leaf.gain) == 1 / 2 and not less_cut(ints, devices)
+    # 256 numbers a layer are four blocks; 384 are six, which four devices cannot share.
+    nf4 = quantize(tiny.params(), "nf4")
+    leaves = placed(nf4)
+    assert leaves[query].codes.sharding.spec == P(None, ("tensor", "fsdp"))
+    assert leaves[down].absmax.sharding.spec == P(None, "fsdp")
+    assert leaves[query].nested.sharding.is_fully_replicated
+    assert share(leaves[query].codes) == share(leaves[query].absmax) == 1 / 4
+    assert share(leaves[down].codes) == 1 / 2
+    gate = f"{layers}/mlp/gate/kernel"
+    assert less_cut(nf4, devices) == {p: (2, 4) for p in (down, up, gate)}
+    # One block a layer: whole, though the layers would divide.
+    small = {layers: {"attention": {"query": {"kernel": jnp.ones((2, 4, 16))}}}}
+    one = quantize(small)
+    assert placed(one)[query].codes.sharding.is_fully_replicated
+    assert less_cut(one, devices) == {query: (1, 4)}
+    # Enough magnitudes: those of theirs are cut too.
+    large = {"attention": {"query": {"kernel": jnp.ones((256, 256))}}}
+    leaf = placed(quantize(large))["attention/query/kernel"]
+    assert leaf.nested.sharding.spec == P(("tensor", "fsdp")) and share(leaf) < 0.251
+    odd = {"attention": {"query": {"kernel": jnp.ones((6, 5))}}}
+    with pytest.raises(UserError, match="length 5 does not divide over tensor=2"):
+        shardings(quantize(odd, "int8"), devices)
+    factors = mesh.trainable_shardings({query: {"a": jnp.ones((2, 16, 3)), "b": jnp.ones(
+        (2, 3, 16))}}, nf4, devices)  # fmt: skip
+    assert factors[query]["b"].spec == P(None, None, "tensor")
 
 
 def test_weights_are_read_straight_into_their_shards(tmp_path):

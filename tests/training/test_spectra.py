@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,11 @@ import pytest
 from lora_jax import methods, runs
 from lora_jax.experiment import from_dict
 from lora_jax.sweeps import padding
+from lora_jax.tensors.base import densify
+from lora_jax.tensors.quantized import quantize
+from lora_jax.training import spectra
 from lora_jax.training.reports import Reporter, read_metrics
-from lora_jax.training.spectra import rows, summary, update_spectra
+from lora_jax.training.spectra import rows, summary, update_spectra, weight_norms
 
 L, D, H = 3, 6, 10
 QUERY = f"layers[0:{L}]/attention/query/kernel"
@@ -49,7 +53,8 @@ def moved(method, params, seed=2):
 
 def measured(method, params, trainable, k=16):
     found = jax.jit(functools.partial(update_spectra, method, k=k))
-    return rows(jax.device_get(found(params, trainable, method.numbers(params))))
+    args = params, trainable, method.numbers(params)
+    return rows(jax.device_get(found(*args, weight_norms(method, *args))))
 
 
 def test_as_of_the_dense_update():
@@ -95,8 +100,9 @@ def test_members_in_one_program_as_alone():
         for xs, hull in zip((trees, numbers), like, strict=True)
     ]
     one = functools.partial(update_spectra, members[0], k=16)
-    program = jax.jit(jax.vmap(one, in_axes=(None, 0, 0)))
-    found = jax.device_get(program(params, *packed))
+    norms = weight_norms(members[0], params, *like)
+    program = jax.jit(jax.vmap(one, in_axes=(None, 0, 0, None)))
+    found = jax.device_get(program(params, *packed, norms))
     for at, (member, tree) in enumerate(zip(members, trees, strict=True)):
         alone, together = measured(member, params, tree), rows(padding.take(found, at))
         assert [row["path"] for row in together] == [row["path"] for row in alone]
@@ -105,7 +111,7 @@ def test_members_in_one_program_as_alone():
             for name in set(mine) - {"path"}:
                 np.testing.assert_allclose(mine[name], theirs[name], rtol=1e-4)
     # A decomposition waits for threads of its pool: two at a time can wait for each other.
-    text = program.lower(params, *packed).compile().as_text()
+    text = program.lower(params, *packed, norms).compile().as_text()
     assert max(part.count("lapack") for part in text.split("\n\n")) == 1
 
 
@@ -120,6 +126,47 @@ def test_other_methods_yield_nothing(method):
         method = dataclasses.replace(method, targets=("value$",), feedforward=())
     found = measured(method, params, method.init(jax.random.key(0), params))
     assert found == [] and summary(found) == {}
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_the_norms_of_a_quantised_base_are_had_layer_by_layer(kind):
+    draw = np.random.default_rng(0)
+    w = {"query": {"kernel": jnp.asarray(draw.normal(size=(8, 64, 128)), jnp.float32)}}
+    once = {"out": {"kernel": jnp.asarray(draw.normal(size=(64, 32)), jnp.float32)}}
+    params = quantize({"layers[0:8]": {"attention": w}, "attention": once}, kind)
+    method = methods.LoRA(rank=1, targets="attention/")
+    args = params, method.init(jax.random.key(0), params), method.numbers(params)
+    norms, dense = weight_norms(method, *args), weight_norms(method, densify(params), *args[1:])
+    assert {p: x.shape for p, x in norms.items()} == {
+        "layers[0:8]/attention/query/kernel": (8,), "attention/out/kernel": (1,),
+    }  # fmt: skip
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), norms, dense)
+    query = params["layers[0:8]"]["attention"]["query"]["kernel"]
+    np.testing.assert_allclose(
+        norms["layers[0:8]/attention/query/kernel"],
+        np.linalg.norm(query.dense().reshape(8, -1), axis=1), rtol=1e-5,
+    )  # fmt: skip
+    program = spectra._weight_norm.lower(query, axes=(-2, -1)).compile()
+    layer = 64 * 128 * 4
+    assert program.memory_analysis().temp_size_in_bytes < 2.5 * layer  # of eight
+
+
+def test_the_norms_of_a_base_are_computed_once(monkeypatch):
+    params, method, calls = weights(), methods.LoRA(rank=2, targets="query"), []
+
+    def counted(*args):
+        calls.append(args)
+        return weight_norms(*args)
+
+    monkeypatch.setattr(runs, "weight_norms", counted)
+    inspect = runs.inspector(method, 1)
+    for seed in (2, 3):
+        state = SimpleNamespace(
+            trainable=moved(method, params, seed), numbers=method.numbers(params)
+        )
+        (row, *_), wanted = inspect(params, state), measured(method, params, state.trainable, k=1)
+        assert row == wanted[0]
+    assert len(calls) == 1
 
 
 def test_an_update_that_is_nothing_has_no_size():
