@@ -3,6 +3,7 @@
 Shapes are small but the widths all differ, so that a product is known by its shape.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import math
@@ -17,8 +18,9 @@ import optax
 import pytest
 
 from lora_jax import partition
-from lora_jax.methods import FullFineTuning, LoRA
+from lora_jax.methods import METHODS, FullFineTuning, LoRA
 from lora_jax.models.llama import Llama, LlamaConfig
+from lora_jax.plan import count_flops
 from lora_jax.training import (
     OptimizerConfig,
     chunked_loss,
@@ -177,6 +179,51 @@ def test_the_step_needs_less_memory_than_one_copy_of_the_base():
     assert used < base
     full = ours(FullFineTuning(), WIDE)[0].memory_analysis().temp_size_in_bytes
     assert full > base, "with a gradient of every weight it must be more"
+
+
+def equations(jaxpr):
+    """All of them, those of inner jaxprs too."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def test_doras_step_costs_little_more_than_loras_and_makes_no_dense_copy():
+    """FLOPs of 2 x 256 tokens, arrays as large as a stack of kernels, and temporaries."""
+    config = dataclasses.replace(WIDE, unroll=1)
+    model, params, _ = setup(config)
+    lora, dora = (METHODS[n](rank=8, targets="all-linear") for n in ("lora", "dora"))
+    kernels = [
+        x for p, x in partition.flatten(params).items() if p.startswith("layers") and x.ndim == 3
+    ]
+    tx = make_optimizer(OptimizerConfig(), 10)
+    batch = {
+        name: jax.ShapeDtypeStruct((2, 256), dtype)
+        for name, dtype in {"tokens": "int32", "loss_mask": "float32"}.items()
+    }
+
+    def traced(method):
+        state = jax.eval_shape(lambda p: init_state(method, p, tx), params)
+        step = make_step(functools.partial(chunked_loss, model), method, tx)
+        return step.trace(params, state, batch).jaxpr
+
+    one, other = traced(lora), traced(dora)
+    assert 1.0 < count_flops(other).total / count_flops(one).total <= 1.15
+
+    def stacks(closed):
+        """Results with the shape of all layers' kernels of a target, in any order of axes."""
+        shapes = {tuple(sorted(x.shape)) for x in kernels}
+        made = [v.aval for eqn in equations(closed.jaxpr) for v in eqn.outvars]
+        return [x for x in made if tuple(sorted(getattr(x, "shape", ()))) in shapes]
+
+    assert len(list(equations(other.jaxpr))) > 200
+    assert stacks(other) == stacks(one) == []
+    used = [ours(m, config)[0].memory_analysis().temp_size_in_bytes for m in (lora, dora)]
+    # What DoRA keeps for m's gradient is of the size of activations.
+    assert used[1] - used[0] < 0.3 * sum(x.nbytes for x in kernels)
 
 
 def test_chunks_of_the_loss_bound_its_memory():
