@@ -64,3 +64,23 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Summary | None:
     """
     common = sorted(set(a) & set(b))
     return mean([a[s] - b[s] for s in common]) if common else None
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float], level: float = 0.95) -> Summary | None:
+    """Spearman's ρ of pairs, with an interval; None of fewer than 4, or where one never varies.
+
+    The interval is normal in arctanh ρ with variance (1 + ρ²/2) / (n − 3) (Bonett and Wright 2000).
+    Pairs in perfect order would have one of no width: its middle is taken half-way to the ρ of one
+    swap of neighbours. Infinite values are the first or the last, and share a rank.
+    """
+    from scipy import stats
+
+    n = len(x)
+    if n < 4 or len(set(x)) < 2 or len(set(y)) < 2:
+        return None
+    value = float(np.corrcoef(stats.rankdata(x), stats.rankdata(y))[0, 1])
+    most = 1.0 - 6.0 / (n**3 - n)
+    middle = math.atanh(min(max(value, -most), most))
+    half = float(stats.norm.ppf(0.5 + level / 2)) * math.sqrt((1 + value**2 / 2) / (n - 3))
+    low, high = math.tanh(middle - half), math.tanh(middle + half)
+    return Summary(value, min(low, value), max(high, value), math.nan, n)

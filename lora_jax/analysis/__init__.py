@@ -1,11 +1,25 @@
 """Inside an update ΔW: spectra, subspaces, amplification, intruders. Pure functions of arrays.
 
+Before it: the spectra of first gradients, and the curvature of the loss.
+
 Every function takes NumPy or JAX arrays and computes in the library and dtype of what it gets: on
 the host in float64, or inside `jit` and `vmap`. Matrices are [in, out] as in y = x·W, with leading
 batch axes wherever they make sense, and low-rank ones are factors A [in, r] and B [r, out]: a
 product A·B is never formed. `lora_jax.inside` applies this to whole adapters.
 """
 
+from lora_jax.analysis.curvature import (
+    Top,
+    hessian_product,
+    random_direction,
+    top_eigenvalue,
+)
+from lora_jax.analysis.gradients import (
+    FirstGradients,
+    first_gradients,
+    noise_share,
+    rank_above_noise,
+)
 from lora_jax.analysis.intruders import count_intruders, likeness
 from lora_jax.analysis.spectra import (
     SVD,
@@ -37,6 +51,8 @@ from lora_jax.analysis.weights import (
 
 __all__ = [
     "SVD",
+    "FirstGradients",
+    "Top",
     "all_singular_values",
     "amplification",
     "captured_energy",
@@ -45,18 +61,24 @@ __all__ = [
     "energy",
     "entropy_rank",
     "factored_svd",
+    "first_gradients",
     "gaussian_directions",
+    "hessian_product",
     "leading",
     "likeness",
+    "noise_share",
     "norm",
     "numerical_rank",
     "projected_norm",
+    "random_direction",
     "random_projected_norm",
     "random_similarity",
+    "rank_above_noise",
     "rank_of_energy",
     "similarities",
     "similarity",
     "singular_values",
     "stable_rank",
     "svd",
+    "top_eigenvalue",
 ]

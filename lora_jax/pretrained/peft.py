@@ -81,7 +81,7 @@ def save_adapter(
     try:
         files = _to_peft(model, method, trainable, params)
     except NoPeftForm as reason:
-        if method.peft_entries:
+        if method.peft_entries and not _only_here(model):
             warnings.warn(
                 f"{path} is in lora_jax's own form, which PEFT does not read: {reason}",
                 stacklevel=2,
@@ -101,11 +101,21 @@ def _to_peft(model: Any, method: Method, trainable: Mapping[str, Any], params: A
         raise NoPeftForm(f"the Hugging Face names of a {type(model).__name__} are unknown")
     if not method.peft_entries:
         raise NoPeftForm(f"PEFT has no method {method.name!r}")
+    if _only_here(model):
+        raise NoPeftForm(f"transformers has no {type(model).__name__}")
     if params is None:
         ranges = [r for r in map(partition.stack_of, trainable) if r is not None]
         cuts = {edge for r in ranges for edge in r}
         params = abstract_params(family_of(model).tensors(model.config), cuts=cuts)
     return method.to_peft(dict(trainable), _names(model), params)
+
+
+def _only_here(model: Any) -> bool:
+    """Whether the model is of a family of ours that transformers lacks (networks of images): their
+    files have our names, and there is nothing that PEFT could put an adapter on."""
+    if type(model) not in {f.module for f in FAMILIES.values()}:
+        return False
+    return not any(x.name.endswith(".weight") for x in family_of(model).tensors(model.config))
 
 
 def _names(model: Any) -> Names:

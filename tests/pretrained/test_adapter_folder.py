@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from test_peft import METHODS, same, trained
 
 import lora_jax as lj
-from lora_jax import methods, partition
+from lora_jax import methods, partition, pretrained
 from lora_jax.methods import base
 from lora_jax.models import FAMILIES
 from lora_jax.pretrained import load_adapter, method_json, own_form, save_adapter, save_pretrained
@@ -169,6 +169,18 @@ def test_layers_must_be_cut_alike(tmp_path, tiny):
     same(load_adapter(tmp_path / "a", model, cut)[1], trainable)
     with pytest.raises(lj.UserError, match=r"split_stacks\(params, \{'layers': \[1, 2\]\}\)"):
         load_adapter(tmp_path / "a", model, params)
+
+
+def test_lora_of_a_network_that_transformers_lacks(tmp_path):
+    """Its files have our names, so there is no form of PEFT's; and nothing to warn of."""
+    model = pretrained.build_model({"model_type": "mlp", "image_shape": (4, 4, 1), "widths": (6,)})
+    params = model.init(KEY, jnp.zeros((1, 4, 4, 1)))["params"]
+    method = lj.LoRA(rank=2, targets=r"hidden_0$", train=("^head/",))
+    trainable = jax.tree.map(lambda x: x + 1, method.init(KEY, params))
+    save_adapter(tmp_path / "a", model, method, trainable)
+    again, loaded = load_adapter(tmp_path / "a", model, params)
+    assert again == method
+    same(loaded, trainable)
 
 
 def test_models_without_a_name_table(tmp_path):

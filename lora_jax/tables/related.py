@@ -1,0 +1,144 @@
+"""A cell that says whether one column of a table foretells another: their rank correlation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lora_jax import statistics
+from lora_jax.errors import UserError
+from lora_jax.statistics import Summary
+from lora_jax.sweeps import smallest
+from lora_jax.tables.table import Filled, Line, Row
+from lora_jax.tables.work import Measured
+
+
+@dataclasses.dataclass(frozen=True)
+class Correlated:
+    """Spearman's ρ between two cells of each of several rows, with its interval over the rows.
+
+    A footnote states the outcome, whichever it is. What is missing of the cells is measured; rows
+    without a number are left out, but a threshold that lies beyond what was run (`Searched`) counts
+    as the least or the greatest of all.
+
+    Args:
+      pairs: (what foretells, what is foretold), rows of the same table.
+    """
+
+    pairs: Sequence[tuple[Row, Row]]
+
+    def measure(self, folder: Path, seeds: Sequence[int], progress: bool) -> Measured:
+        found = [
+            (x, y)
+            for one, other in self.pairs
+            for x, y in [[_of(row, folder.parent, seeds, progress) for row in (one, other)]]
+            if x is not None and y is not None
+        ]
+        beyond = sum(not 0 < y < math.inf for _, y in found if isinstance(y, float))
+        rho = statistics.rank_correlation([x for x, _ in found], [y for _, y in found])
+        if rho is None:
+            reason = f"{len(found)} rows have both numbers: too few, or all alike in one of them"
+            return Measured({}, reason=reason)
+        note = f"{rho.n} rows: {outcome(rho)}"
+        if beyond:
+            note += f"; {beyond} of the thresholds lie beyond what was run, and tie there"
+        return Measured({}, summary=rho, notes=(note,))
+
+
+def outcome(rho: Summary) -> str:
+    """What the interval of a rank correlation says."""
+    if rho.low > 0:
+        return "it foretells the order"
+    if rho.high < 0:
+        return "it foretells the reverse of the order"
+    return "undecided, the interval holds 0"
+
+
+def _of(row: Row, folder: Path, seeds: Sequence[int], progress: bool) -> float | None:
+    try:
+        return number(row.work.measure(folder / row.folder, seeds, progress))
+    except UserError:
+        return None  # the row's own cell says why
+
+
+def number(measured: Measured) -> float | None:
+    """A cell's number, or None; of a threshold beyond what was run 0 or infinity."""
+    if measured.summary is not None:
+        return measured.summary.value
+    if measured.values:
+        return float(np.mean(list(measured.values.values())))
+    if measured.place.endswith(smallest.FILE) and Path(measured.place).exists():
+        status = smallest.load(Path(measured.place)).threshold.status
+        return math.inf if status == "not reached" else 0.0
+    return None
+
+
+def scatter(filled: Filled, path: Path, *, multiples: Sequence[float] = ()) -> Sequence[Path]:
+    """A panel for each `Correlated` line so far: its cells with their intervals, a colour a row.
+
+    Both axes are logarithmic. An arrow at the edge stands for a threshold beyond what was run. No
+    file without such lines.
+
+    Args:
+      multiples: dotted lines at so many times what foretells.
+    """
+    from lora_jax.sweeps.plots import legend_below, new_figure, shades, ticks_at
+
+    lines = {(x.row.row, x.row.metric): x for x in filled.lines}
+    panels = [x for x in filled.lines if isinstance(x.row.work, Correlated)]
+    if not panels:
+        return []
+    figure, all_axes = new_figure(height=4.5, width=3.2 * len(panels), panels=len(panels))
+    for axes, panel in zip(np.atleast_1d(all_axes), panels, strict=True):
+        work = panel.row.work
+        assert isinstance(work, Correlated)
+        for colour, (x, y) in zip(shades(len(work.pairs)), work.pairs, strict=True):
+            _point(axes, lines, x, y, colour)
+        x, y = work.pairs[0]
+        rho = panel.summary
+        title = "no ρ" if rho is None else f"ρ {rho.value:.2f} [{rho.low:.2f}, {rho.high:.2f}]"
+        axes.set(xlabel=x.metric, ylabel=y.metric)
+        axes.set_title(f"{panel.row.row}\n{title}", fontsize="small")
+        axes.set(xscale="log", yscale="log")
+        ends = np.array(axes.get_xlim())
+        for factor in multiples:
+            axes.plot(ends, factor * ends, color="grey", linestyle=":", linewidth=0.8)
+        if ends[1] < 10 * ends[0]:  # within a decade the axis's own labels overlap
+            ticks_at(axes.xaxis, pd.Series(np.geomspace(ends[0], ends[1], 5)[1:-1]))
+    legend_below(figure, list(np.atleast_1d(all_axes)))
+    figure.savefig(path, dpi=120)
+    return [path]
+
+
+def _point(
+    axes: Any, lines: Mapping[tuple[str, str], Line], one: Row, other: Row, colour: Any
+) -> None:
+    """One row's two cells; nothing where a number is missing."""
+    x, y = (lines.get((row.row, row.metric)) for row in (one, other))
+    if x is None or y is None:
+        return
+    at, height = number(x.measured), number(y.measured)
+    if at is None or height is None:
+        return
+    if y.summary is None:  # beyond what was run
+        found = smallest.load(Path(y.measured.place))
+        sizes = [run.size for run in found.runs]
+        edge, mark = (max(sizes), "^") if height else (min(sizes), "v")
+        axes.plot(at, edge, mark, color=colour, label=one.row)
+        return
+    errors = [_error(line.summary) for line in (x, y)]
+    axes.errorbar(at, height, xerr=errors[0], yerr=errors[1], fmt="o", color=colour,
+                  elinewidth=0.8, label=one.row)  # fmt: skip
+
+
+def _error(summary: Summary | None) -> list[list[float]] | None:
+    """Lengths of the bars below and above; none where an end is unknown or infinite."""
+    if summary is None or not math.isfinite(summary.low + summary.high):
+        return None
+    return [[max(0.0, summary.value - summary.low)], [max(0.0, summary.high - summary.value)]]
