@@ -251,7 +251,7 @@ def table(scale: str) -> Table:
         f"Ranks of the first gradients and r90, {scale}", (*(r for own in rows for r in own),
                                                            *related),
         seeds=1 if scale == "smoke" else 3, figures=_figures,
-        cost="about 55 minutes on 2 CPU cores",
+        cost="a day on one GPU" if scale == "paper" else "about 55 minutes on 2 CPU cores",
     )  # fmt: skip
 
 
