@@ -18,6 +18,7 @@ With --out a plot of the rounds is written beside the JSON file.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -173,7 +174,11 @@ def plot(path: Path, seconds: dict[str, list[float]]) -> None:
 
 
 def build(
-    options: argparse.Namespace, model: Any, params: Any, batch: Any
+    options: argparse.Namespace,
+    model: Any,
+    params: Any,
+    batch: Any,
+    processes: contextlib.ExitStack,
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, int], dict[str, str]]:
     """(arms, what the compiler said of JAX's, trained parameters, arms left out and why)."""
     # As PEFT for sequence classification: the layer that gives the scores is trained whole.
@@ -194,7 +199,7 @@ def build(
             left_out[name] = why
             print(f"arm {name} left out: {why}")
         else:
-            peer = peft_arm(options, model, params, batch)
+            peer = processes.enter_context(peft_arm(options, model, params, batch))
             arms[name] = functools.partial(peer.ask, "update")
             counts[name] = peer.ask("parameters")
     return arms, figures, counts, left_out
@@ -226,9 +231,10 @@ def main() -> None:
         options.model, dtype=options.dtype, unroll=options.unroll, **head
     )
     batch = batch_of(options, model.config.vocab_size)
-    arms, figures, counts, left_out = build(options, model, params, batch)
-    losses = {name: arm() for name, arm in arms.items()}  # all start from the same function
-    seconds = bench.interleaved(arms, options.rounds)
+    with contextlib.ExitStack() as processes:
+        arms, figures, counts, left_out = build(options, model, params, batch, processes)
+        losses = {name: arm() for name, arm in arms.items()}  # all start from the same function
+        seconds = bench.interleaved(arms, options.rounds)
     table(seconds, figures, losses, batch["tokens"].size)
     ratios = {f"{a}/{b}": bench.ratio(seconds, a, b) for a, b, _ in RATIOS}
     for one, other, limit in RATIOS:

@@ -179,7 +179,10 @@ def peft(name: str, settings: Settings, folder: Path) -> Arm:
 
 
 def prepare(settings: Settings, folder: Path) -> int:
-    """Writes weights, start, settings and PEFT's batches of an epoch; the number of examples."""
+    """Writes weights, start, settings and PEFT's batches of two epochs; the number of examples.
+
+    Two, since the last turn of an epoch may go on into the next.
+    """
     import jax
 
     import lora_jax as lj
@@ -197,9 +200,9 @@ def prepare(settings: Settings, folder: Path) -> int:
     )  # fmt: skip
     pad_id = tokenizer.pad_id
     packed = Counted(packed_batches(settings, found, pad_id))
-    _store(folder / "packed.npz", _until(packed, len(found)))
+    _store(folder / "packed.npz", _until(packed, 2 * len(found)))
     padded = Counted(torch_peer.padded(found, settings.batch, seed=settings.seed, pad_id=pad_id))
-    _store(folder / "padded.npz", _until(padded, len(found)))
+    _store(folder / "padded.npz", _until(padded, 2 * len(found)))
     (folder / "settings.json").write_text(json.dumps(dataclasses.asdict(settings)))
     return len(found)
 

@@ -39,6 +39,7 @@ CONFIG = LlamaConfig(
     num_kv_heads=2,
     head_dim=8,
     mlp_size=56,
+    unroll=1,  # a loop, as in the step by hand and in models of more layers
 )
 METHOD = LoRA(rank=5, alpha=10.0)
 
@@ -170,6 +171,7 @@ WIDE = LlamaConfig(
     num_kv_heads=4,
     head_dim=32,
     mlp_size=512,
+    unroll=1,
 )
 
 
