@@ -23,7 +23,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,8 @@ from typing import Any
 import best_rates as best
 import jax
 import pandas as pd
-from given_folders import CONFIGS, glue
+from given_folders import glue
+from given_folders import mnist as mnist_config
 
 from lora_jax import analysis, runs, training
 from lora_jax.errors import UserError
@@ -217,7 +217,6 @@ def lora(
 
 
 def mnist(net: str, scale: str) -> Setting:
-    folder = os.environ.get("MNIST_DIR", "")
     overrides = {
         "method.kind": "lora", "training.steps": 300, "training.eval_every": 0,
         "training.patience": 0, "training.keep": "last", "evaluation.spectra": 0,
@@ -234,7 +233,7 @@ def mnist(net: str, scale: str) -> Setting:
         arms = lora((1, 4), (1.0,), targets)
         tried = {"sgd": rates(-1.0, 0.0)}
         further = {"batches": 2, "later": 3}
-    spec = f"{CONFIGS / 'mnist.py'}:net={net},dimension=0" + (f",data_dir={folder}" * bool(folder))
+    spec = mnist_config(net=net, dimension=0)
     name = "MNIST, LeNet" if net == "lenet" else "MNIST, fully connected"
     return Setting(
         name, spec, overrides, arms, tried,

@@ -24,14 +24,14 @@ folders with TFDS's mnist and glue.
 import dataclasses
 import functools
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from given_folders import CONFIGS, glue
+from given_folders import glue
+from given_folders import mnist as mnist_config
 
 from lora_jax import analysis, partition
 from lora_jax.methods.offset import matrices
@@ -183,7 +183,7 @@ def mnist(
     net: str, layers: Sequence[str], scale: str, widths: tuple[int, ...] = (200, 200)
 ) -> list[Case]:
     """Layers of a network from a random start; Adam at its usual rates."""
-    folder, smoke = os.environ.get("MNIST_DIR", ""), scale == "smoke"
+    smoke = scale == "smoke"
     both = {"training.steps": 300, "training.eval_every": 0, "training.patience": 0,
             "training.keep": "last", "optimizer.schedule": "linear"}  # fmt: skip
     both |= SHORT if smoke else {}
@@ -192,7 +192,7 @@ def mnist(
     name = "LeNet" if net == "lenet" else "-".join(map(str, (784, *widths, 10)))
     base = Case(
         f"MNIST, {name}",
-        f"{CONFIGS / 'mnist.py'}:net={net},dimension=0" + (f",data_dir={folder}" if folder else ""),
+        mnist_config(net=net, dimension=0),
         {**both, **LORA, RATE: 3e-3},
         {**both, RATE: 1e-2 if smoke else 1e-3},
         {**both, **ALONE, RATE: 3e-3},

@@ -17,13 +17,13 @@ point, and a derivative of it, however exact, is no guide to a better rate.
 `MNIST_DIR` names a folder with TFDS's mnist. `smoke`: two updates.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from given_folders import mnist
 
 from lora_jax import runs, training
 from lora_jax.sweeps import grid
@@ -31,7 +31,6 @@ from lora_jax.tables import Computed, Row, Table
 from lora_jax.tables.table import Filled
 from lora_jax.workbench import Workbench
 
-CONFIG = Path(__file__).parents[1] / "configs" / "mnist.py"
 POINTS = ((0.01, 1.0), (0.03, 1.0), (0.03, 4.0), (0.1, 1.0), (0.3, 1.0))  # (rate, alpha / rank)
 SIDES = ("learning rate", "scale")
 STEP = 1e-3  # of the central difference, in the logarithm
@@ -81,9 +80,7 @@ def final_loss(
     rate: float, factor: float, updates: int, seed: int
 ) -> Callable[[jax.Array], jax.Array]:
     """logs [2] of what rate and scale are multiplied with -> mean loss on the next batch."""
-    folder = os.environ.get("MNIST_DIR", "")
-    spec = f"{CONFIG}:dimension=0,seed={seed}" + (f",data_dir={folder}" if folder else "")
-    experiment = grid.configured(spec, {
+    experiment = grid.configured(mnist(dimension=0, seed=seed), {
         "method.kind": "lora", "method.rank": 4, "method.alpha": 4.0 * factor,
         "method.targets": r"(hidden_\d|head)$", "model.dtype": "float64",
         "optimizer.name": "sgd", "optimizer.momentum": 0.9, "optimizer.learning_rate": rate,

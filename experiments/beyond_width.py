@@ -8,9 +8,10 @@ networks (their Figure 3); the figure shows d over all parameters, with interval
 a folder with TFDS's mnist. `smoke`: two narrow networks, a few updates.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from given_folders import mnist
 
 from lora_jax.sweeps import smallest
 from lora_jax.sweeps.ladder import Ladder
@@ -18,7 +19,6 @@ from lora_jax.sweeps.smallest_plots import over
 from lora_jax.tables import Row, Searched, Table
 from lora_jax.tables.table import Filled
 
-CONFIG = Path(__file__).parents[1] / "configs" / "mnist.py"
 WIDTHS = (25, 50, 100, 200, 400)
 SHORT = {
     "training.steps": 20, "training.eval_every": 10, "data.source.split": "train[:120]",
@@ -30,12 +30,11 @@ def table(scale: str) -> Table:
     smoke = scale == "smoke"
     widths = (4, 8) if smoke else WIDTHS
     ladder = Ladder(20, 200, points=2, ratio=1e9) if smoke else Ladder(250, 2000, parts=5)
-    folder = os.environ.get("MNIST_DIR", "")
     rows = []
     for width in widths:
         overrides = {"model.shape.widths": (width, width), **(SHORT if smoke else {})}
         work = Searched(
-            f"{CONFIG}:net=fc" + (f",data_dir={folder}" if folder else ""), ladder, full=1.0,
+            mnist(net="fc"), ladder, full=1.0,
             overrides=overrides,
             vary=("model.init_seed", "data.seed", "method.projection_seed"),
         )  # fmt: skip

@@ -14,9 +14,10 @@ Measured so (experiments/results/li_table1_small.csv): FC 702 [605, 756] for 750
 310] for 290 (or 275), both by Fastfood. LeNet's runs were seldom converged at 2,000 updates.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from given_folders import mnist
 
 from lora_jax.sweeps import smallest
 from lora_jax.sweeps.ladder import Ladder
@@ -24,7 +25,6 @@ from lora_jax.sweeps.smallest_plots import compare
 from lora_jax.tables import Baseline, NotRun, Published, Row, Searched, Table
 from lora_jax.tables.table import Filled
 
-CONFIG = Path(__file__).parents[1] / "configs" / "mnist.py"
 # The name in the config, parameters, the ladder's ends, and updates at most.
 NETS = {
     "FC": ("fc", 199_210, (250, 2000), 4000),
@@ -54,15 +54,12 @@ def table(scale: str) -> Table:
 
 def _search(net: str, projection: str, ladder: Ladder, *, own: bool, smoke: bool = False) -> Row:
     name, size, _, steps = NETS[net]
-    folder = os.environ.get("MNIST_DIR", "")
-    arg = f"net={name},projection={projection},steps={steps}"
-    arg += f",data_dir={folder}" if folder else ""
     overrides: dict[str, object] = {}
     if smoke:
         overrides = SHORT
     whole = {**overrides, "method.kind": "full", "optimizer.learning_rate": 1e-3}
     work = Searched(
-        f"{CONFIG}:{arg}", ladder,
+        mnist(net=name, projection=projection, steps=steps), ladder,
         full=Baseline(whole, vary=SEEDED) if own else 1.0,
         overrides=overrides,
         vary=(*SEEDED, "method.projection_seed"),

@@ -91,6 +91,21 @@ def tiny_config(tiny_base):
     return config
 
 
+@pytest.fixture
+def smoke_on_mnist(tiny_mnist, tmp_path, monkeypatch):
+    """smoke_on_mnist("beyond_width") -> the table, filled in tmp_path/"runs" at smoke scale."""
+    from lora_jax import tables
+
+    monkeypatch.setenv("MNIST_DIR", str(tiny_mnist))
+
+    def run(name: str):
+        file = pathlib.Path(__file__).parents[1] / "experiments" / f"{name}.py"
+        table = tables.load(str(file), "smoke")
+        return tables.run(table, "smoke", tmp_path / "runs", progress=False)
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def tiny_mnist(tmp_path_factory) -> pathlib.Path:
     """A folder of TFDS's with an `mnist` of 120 and 40 images, a bright block where the class is:

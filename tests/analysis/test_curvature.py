@@ -13,12 +13,11 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import lora_jax as lj
-from lora_jax import analysis, tables
+from lora_jax import analysis
 from lora_jax.errors import UserError
 from lora_jax.sweeps import report
 from lora_jax.tables import render
 
-EXPERIMENT = Path(__file__).parents[2] / "experiments" / "beyond_curvature.py"
 Product = Callable[[jax.Array], jax.Array]
 
 
@@ -168,13 +167,11 @@ def test_refusals() -> None:
 
 
 def test_the_experiment_at_smoke_scale(
-    tiny_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    smoke_on_mnist: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each arm has both curvatures, with their errors, and a rate of the grid's range."""
-    monkeypatch.setenv("MNIST_DIR", str(tiny_mnist))
     monkeypatch.setattr(report, "write", lambda *_: None)  # pages have tests of their own
-    table = tables.load(str(EXPERIMENT), "smoke")
-    filled = tables.run(table, "smoke", tmp_path, progress=False)
+    filled = smoke_on_mnist("beyond_curvature")
     found = filled.frame().set_index(["row", "metric"])["measured"]
     arms = [x for x in found.index.get_level_values(0).unique() if "r=" in x]
     assert len(arms) == 4
@@ -189,7 +186,7 @@ def test_the_experiment_at_smoke_scale(
     ordered = [rates[f"MNIST, fully connected, {some}, s=1"]
                for some in ("first layer, r=1", "first layer, r=4", "all layers, r=4")]  # fmt: skip
     assert ordered[1] <= ordered[0] * 1.002 and ordered[2] <= ordered[1] * 1.002
-    sweeps = list(tmp_path.glob("smoke/sweep_*/members/*/result.json"))
+    sweeps = list(tmp_path.glob("runs/smoke/sweep_*/members/*/result.json"))
     assert len(sweeps) == 12
     figure = render.write(filled, tmp_path / "out", "c")[-1]
     assert figure.suffix == ".png" and figure.stat().st_size > 5000

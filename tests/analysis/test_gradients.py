@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import analysis, partition, tables
+from lora_jax import analysis, partition
 from lora_jax import config as configs
 from lora_jax.errors import UserError
 from lora_jax.experiment import from_dict
@@ -133,13 +133,11 @@ def test_targets_of_a_stack_are_those_of_its_layers(tiny_config: Any, tmp_path: 
 
 
 def test_the_experiment_at_smoke_scale(
-    tiny_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    smoke_on_mnist: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every case has its ranks; a threshold beyond the ladder is one too; figures are drawn."""
-    monkeypatch.setenv("MNIST_DIR", str(tiny_mnist))
     monkeypatch.setattr(report, "write", lambda *_: None)  # pages have tests of their own
-    table = tables.load(str(EXPERIMENT), "smoke")
-    filled = tables.run(table, "smoke", tmp_path, progress=False)
+    filled = smoke_on_mnist("beyond_gradients")
     found = filled.frame().set_index(["row", "metric"])["measured"]
     cases = [x for x in found.index.get_level_values(0).unique() if x.startswith("MNIST")]
     assert len(cases) == 4

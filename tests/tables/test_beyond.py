@@ -11,16 +11,11 @@ from lora_jax import tables
 from lora_jax.sweeps import smallest
 from lora_jax.tables import render
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-
 
 @pytest.fixture
-def smoke(tiny_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("MNIST_DIR", str(tiny_mnist))
-
+def smoke(smoke_on_mnist: Any, tmp_path: Path) -> Any:
     def run(name: str) -> tables.table.Filled:
-        table = tables.load(str(EXPERIMENTS / f"{name}.py"), "smoke")
-        filled = tables.run(table, "smoke", tmp_path / "runs", progress=False)
+        filled = smoke_on_mnist(name)
         assert not [x.measured.reason for x in filled.lines if "size run" not in x.measured.reason
                     and x.measured.reason]  # fmt: skip
         figure = render.write(filled, tmp_path / "out", name)[-1]
