@@ -5,9 +5,11 @@ A setting is one value of every varied field; its members differ in seeds, which
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 RATE, RANK, ALPHA, TARGETS = (
@@ -19,10 +21,23 @@ def is_seed(key: str) -> bool:
     return key.rsplit(".", 1)[-1].endswith("seed")
 
 
-def finished(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The members that finished and have the metric."""
+def finished(frame: pd.DataFrame, keys: Sequence[str], metric: str) -> pd.DataFrame:
+    """The members that finished and have a finite metric, with fields that group and sort.
+
+    A field that is None in some members (no clipping, no quantisation) is one of words: None has
+    to be a value like the others, and neither NaN nor None groups or sorts with them.
+    """
     done = frame[frame["status"] == "finished"] if "status" in frame else frame
-    return done[done[metric].notna()] if metric in done else done[:0]
+    done = done[np.isfinite(done[metric].astype(float))] if metric in done else done[:0]
+    numeric = pd.api.types.is_numeric_dtype
+    words = [k for k in keys if k in done and (not numeric(done[k]) or done[k].isna().any())]
+    return done.assign(**{k: done[k].map(_word) for k in words})
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, float):
+        return "None" if math.isnan(value) else f"{value:g}"
+    return str(value)
 
 
 def varied(frame: pd.DataFrame, keys: Sequence[str]) -> list[str]:
@@ -76,4 +91,6 @@ def label(keys: Sequence[str], row: Any) -> str:
 
 
 def short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    """A value in a plot, where two `$`, as of regexes, would have mathematics between them."""
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("$", r"\$")

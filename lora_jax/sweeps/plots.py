@@ -30,7 +30,7 @@ class Table:
     """A sweep's finished members and what was varied among them.
 
     Attributes:
-      frame: of `report.table`, words in place of None and other values that do not sort.
+      frame: of `report.table`, the rows of `fields.finished`.
       keys: fields that the sweep set.
       metric: the column that is compared.
     """
@@ -42,10 +42,7 @@ class Table:
 
     @classmethod
     def of(cls, frame: pd.DataFrame, keys: Sequence[str], metric: str, higher: bool) -> Table:
-        done = of.finished(frame, metric)
-        # None among words (no quantisation, "nf4") is a word too: it has to sort with them.
-        words = [k for k in keys if k in done and not pd.api.types.is_numeric_dtype(done[k])]
-        return cls(done.assign(**{k: done[k].map(str) for k in words}), keys, metric, higher)
+        return cls(of.finished(frame, keys, metric), keys, metric, higher)
 
     @property
     def fields(self) -> list[str]:
@@ -66,7 +63,7 @@ def draw(table: Table, folder: Path) -> list[Plot]:
     if table.frame.empty:
         return []
     found = [_over(table, key, folder) for key in table.fields]
-    if {RANK, RATE} <= set(table.free) and all(_positive(table.frame[k]) for k in (RANK, RATE)):
+    if {RANK, RATE} <= set(table.free) and all(positive(table.frame[k]) for k in (RANK, RATE)):
         found.append(_best_rate(table, folder))
     if TARGETS in table.fields:
         found.append(_ranked(table, folder))
@@ -100,7 +97,7 @@ def _over(table: Table, key: str, folder: Path) -> Plot:
         )  # fmt: skip
     if words:
         axes.set_xticks(range(len(places)), [_cut(x) for x in places], rotation=20, ha="right")
-    elif _positive(stats[key]):
+    elif positive(stats[key]):
         log_axis(axes, stats[key])
     axes.set(xlabel=key, ylabel=table.metric)
     if kept:
@@ -141,8 +138,9 @@ def _ranked(table: Table, folder: Path) -> Plot:
     best = of.best_over_others(table.settings(fields), [TARGETS])
     best = best.sort_values("mean", ascending=table.higher)
     figure, axes = new_figure()
-    names = [_cut(x) for x in best[TARGETS]]
-    axes.barh(names, best["mean"], xerr=best["std"].fillna(0.0), capsize=3)
+    places = range(len(best))  # not the names: they may be alike as far as they are shown
+    axes.barh(places, best["mean"], xerr=best["std"].fillna(0.0), capsize=3)
+    axes.set_yticks(places, [_cut(x) for x in best[TARGETS]])
     low, high = best["mean"].min(), best["mean"].max()
     if high > low:
         axes.set_xlim(low - 0.3 * (high - low), high + 0.3 * (high - low))
@@ -157,7 +155,7 @@ def _parameters(table: Table, folder: Path) -> Plot:
     parts = list(table.frame.groupby(split)) if split else [("", table.frame)]
     for colour, (name, part) in zip(shades(len(parts)), parts, strict=True):
         axes.scatter(
-            part["trainable_params"], part[table.metric], label=_cut(of.short(name)), s=18,
+            part["trainable_params"], part[table.metric], label=_cut(name), s=18,
             color=colour,
         )  # fmt: skip
     axes.set(xlabel="trainable parameters", ylabel=table.metric, xscale="log")
@@ -173,8 +171,7 @@ def differences(gaps: pd.DataFrame, metric: str, folder: Path) -> list[Plot]:
         return []
     figure, axes = new_figure(height=1.2 + 0.32 * len(gaps), width=7.0)
     names = [
-        f"{row['field'].rsplit('.', 1)[-1]}: {_cut(of.short(row['value']))} − "
-        f"{_cut(of.short(row['against']))}"
+        f"{row['field'].rsplit('.', 1)[-1]}: {_cut(row['value'])} − {_cut(row['against'])}"
         for _, row in gaps.iterrows()
     ]
     places = list(range(len(gaps)))[::-1]
@@ -191,7 +188,7 @@ def differences(gaps: pd.DataFrame, metric: str, folder: Path) -> list[Plot]:
 # What all plots of a sweep share.
 
 
-def _positive(column: pd.Series) -> bool:
+def positive(column: pd.Series) -> bool:
     return pd.api.types.is_numeric_dtype(column) and bool(column.min() > 0)
 
 
@@ -229,9 +226,9 @@ def shades(count: int) -> list[Any]:
     return [colormaps["viridis"](0.9 * at / max(count - 1, 1)) for at in range(count)]
 
 
-def _cut(text: Any, width: int = 34) -> str:
-    text = str(text)
-    return text if len(text) <= width else text[: width - 1] + "…"
+def _cut(value: Any, width: int = 34) -> str:
+    text = of.short(value)
+    return text if len(text) <= width else text[: width - 1].rstrip("\\") + "…"
 
 
 def new_figure(height: float = 4.0, width: float = 6.0, panels: int = 1) -> Any:

@@ -23,14 +23,19 @@ SHOWN = 10
 
 
 def table(members: Iterable[Member], folder: Path) -> pd.DataFrame:
-    """A row per member that has a result: its name, what the sweep set, status, then metrics."""
+    """A row per member that has a result: its name, what the sweep set, status, then metrics.
+
+    A field that the sweep set in other members only has the member's own value, of its config.
+    """
+    members = list(members)
     rows = []
+    keys = list(dict.fromkeys(key for member in members for key in member.overrides))
     for member in members:
         path = folder / member.name / RESULT
         if not path.exists():
             continue
         result = json.loads(path.read_text())
-        set_ = {key: _cell(value) for key, value in member.overrides.items()}
+        set_ = {key: _cell(_at(result["config"], key)) for key in keys}
         rows.append(
             {
                 "member": member.name,
@@ -42,6 +47,15 @@ def table(members: Iterable[Member], folder: Path) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def _at(config: Any, dotted: str) -> Any:
+    """A resolved config's value; None where its `kind` has no such field."""
+    for key in dotted.split("."):
+        if not isinstance(config, Mapping) or key not in config:
+            return None
+        config = config[key]
+    return config
 
 
 def _cell(value: Any) -> Any:
@@ -67,7 +81,7 @@ def differences(
     Columns: field, value, against, difference (value - against), low, high (95 % interval of the
     mean), pairs. Members that did not finish are in no pair.
     """
-    done = fields.finished(frame, metric)
+    done = fields.finished(frame, keys, metric)
     rows = []
     for key in fields.groups(done, fields.varied(done, keys)):
         others = fields.others(done, keys, key)
@@ -176,7 +190,8 @@ def _fact(value: Any) -> str:
 def _table(frame: pd.DataFrame) -> str:
     if frame.empty:
         return "<p>None.</p>"
-    text = frame.to_html(index=False, float_format=_number, na_rep="–", border=0)
+    with pd.option_context("display.max_colwidth", None):  # else long targets look alike
+        text = frame.to_html(index=False, float_format=_number, na_rep="–", border=0)
     return f"<div class='wide'>{text}</div>"
 
 

@@ -34,7 +34,7 @@ def draw(table: Table, updates: pd.DataFrame, folder: Path) -> list[Plot]:
     if own.empty:
         return []
     found = [_against_metric(table, own, folder)]
-    if RANK in table.fields:
+    if RANK in table.fields and plots.positive(table.frame[RANK]):
         found.append(_ranks(table, own, folder))
     best = _best(table, own)
     return [*found, _layers(table, own, best, folder), _spectra(table, own, best, folder)]

@@ -142,6 +142,73 @@ def test_none_is_a_value_among_words(tmp_path: Path) -> None:
     assert plots.draw(table, tmp_path)
 
 
+AXES = {
+    "none among numbers": {"optimizer.clip_norm": (None, 1.0), RANK: (1, 2)},
+    "ranks by rules": {RANK: (2, '[["query", 4], [".*", 2]]'), RATE: (1e-3, 1e-2)},
+    "two regexes": {TARGETS: ('["^layers/0/attention/query/kernel$", "^layers_1^/v$"]', "all-linear"),
+                    RANK: (1, 2)},
+    "yes and no": {"data.packing": (True, False)},
+    "one alone": {ALPHA: (1.0, 2.0, 4.0)},
+    "no field": {RANK: (4,)},
+}
+
+
+@pytest.mark.parametrize("axes", AXES.values(), ids=AXES)
+def test_any_field_has_a_page(axes: dict[str, tuple], tmp_path: Path) -> None:
+    rows = [
+        {"member": str(i), **dict(zip(axes, values, strict=True)), "error": 0.1 * i}
+        for i, values in enumerate(itertools.product(*axes.values()))
+    ]
+    table = pd.DataFrame(rows)
+    size = table.assign(**{RANK: 2, RATE: 1e-3})
+    page = report.write(table, made(size), list(axes), "error", False, {}, tmp_path).read_text()
+    for key in plots.Table.of(table, list(axes), "error", False).fields:
+        assert (tmp_path / f"error_over_{key.replace('.', '_')}.png").exists()
+        assert (report.differences(table, list(axes), "error", False)["field"] == key).any()
+    assert "^layers_1^/v$" in page or TARGETS not in axes  # in full, however long
+
+
+def test_an_infinite_metric_is_no_value(tmp_path: Path) -> None:
+    table = frame().iloc[:-1].astype({"error": float})
+    table.loc[0, "error"] = float("inf")
+    gaps = report.differences(table, KEYS, "error", False)
+    assert gaps.set_index("field").loc[RANK, "pairs"] == 7
+    assert report.write(table, made(table), KEYS, "error", False, {}, tmp_path).exists()
+
+
+def test_targets_that_begin_alike_have_a_bar_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = {}
+    monkeypatch.setattr(
+        plots, "save", lambda figure, folder, name, text: shown.update({name: figure})
+    )
+    rows = [{"member": x, TARGETS: "layers/.*/attention/(query|value|key)/" + x, "error": e}
+            for x, e in (("a", 0.1), ("b", 0.3))]  # fmt: skip
+    plots.draw(plots.Table.of(pd.DataFrame(rows), [TARGETS], "error", False), tmp_path)
+    bars = shown["targets_ranked"].axes[0].patches
+    assert len({bar.get_y() for bar in bars}) == 2
+
+
+def test_what_other_members_set_is_read_from_a_members_config(tmp_path: Path) -> None:
+    members = [
+        SimpleNamespace(name="a", overrides={RANK: 4}),
+        SimpleNamespace(name="b", overrides={RATE: 0.5, "method.lr_ratio": 2.0}),
+    ]
+    configs = [
+        {"method": {"rank": 4}, "optimizer": {"learning_rate": 0.1}},
+        {"method": {"rank": 8, "lr_ratio": 2.0}, "optimizer": {"learning_rate": 0.5}},
+    ]
+    for member, config in zip(members, configs, strict=True):
+        (tmp_path / member.name).mkdir()
+        result = {"metrics": {"error": 0.1}, "seconds": 1.0, "config": config}
+        (tmp_path / member.name / "result.json").write_text(json.dumps(result))
+    found = report.table(members, tmp_path)
+    assert list(found)[:5] == ["member", RANK, RATE, "method.lr_ratio", "status"]
+    assert found[RANK].tolist() == [4, 8] and found[RATE].tolist() == [0.1, 0.5]
+    assert pd.isna(found["method.lr_ratio"][0])
+
+
 def test_a_sweep_without_the_metric_draws_nothing(tmp_path: Path) -> None:
     nothing = frame().drop(columns="error")
     report.write(nothing, made(frame()), KEYS, "error", False, {}, tmp_path)
