@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lora_jax.errors import UserError, nearest
 
 Kinds = Mapping[str, type]
@@ -143,7 +145,12 @@ def _of_kind(value: Any, classes: Kinds, kinds: Mapping[str, Kinds], path: str) 
 
 
 def convert(value: Any, hint: Any, path: str) -> Any:
-    """`value` as the annotated type, where that loses nothing; UserError otherwise."""
+    """`value` as the annotated type, where that loses nothing; UserError otherwise.
+
+    NumPy's scalars, as of a sweep over `2 ** np.arange(9)`, become Python's: they can be saved.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
     if hint is Any:
         return _frozen(value)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -169,6 +176,8 @@ def convert(value: Any, hint: Any, path: str) -> Any:
 
 
 def _frozen(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 

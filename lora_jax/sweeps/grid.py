@@ -55,10 +55,15 @@ def generators(path: str, wanted: Sequence[str] = ()) -> dict[str, list[Override
     for name in wanted:
         if name not in found:
             raise UserError(f"{path} has no sweep_{name}(); {nearest(name, found)}")
-    empty = [name for name, overrides in found.items() if not overrides]
-    if empty:
-        raise UserError(f"sweep_{empty[0]}() in {path} yields nothing")
-    return {name: found[name] for name in (wanted or found)}
+    chosen = {name: found[name] for name in (wanted or found)}
+    for name, overrides in chosen.items():
+        if not overrides:
+            raise UserError(f"sweep_{name}() in {path} yields nothing")
+        for odd in [x for x in overrides if not isinstance(x, Mapping)]:
+            raise UserError(
+                f"sweep_{name}() in {path} yields {odd!r}: yield dicts like {{'method.rank': 4}}"
+            )
+    return chosen
 
 
 def cross(sweeps: Mapping[str, Sequence[Overrides]]) -> list[Overrides]:
@@ -112,7 +117,10 @@ def configured(spec: str, overrides: Mapping[str, Any]) -> Experiment:
 
 def unique(members: Iterable[Member]) -> list[Member]:
     """Each member once, in order of first occurrence."""
-    return list({member.name: member for member in reversed(list(members))}.values())[::-1]
+    found: dict[str, Member] = {}
+    for member in members:
+        found.setdefault(member.name, member)
+    return list(found.values())
 
 
 def member_name(experiment: Experiment) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,11 +73,26 @@ class Halving:
     def _reason(self, member: Member, step: int, value: float) -> str | None:
         if not self.is_rung(step):
             return None
-        ranked = sorted(self.seen[step].values(), reverse=self.higher_is_better)
-        place = ranked.index(value) + 1
+        ranked = sorted(map(self._cost, self.seen[step].values()))
+        place = ranked.index(self._cost(value)) + 1
         if place <= max(1, len(ranked) // self.eta):
             return None
         return f"stopped by halving after {step} updates, {place} of {len(ranked)} so far"
+
+    def _cost(self, value: float) -> float:
+        """What is not a number (a correlation of constant answers) is last, not in between."""
+        if math.isnan(value):
+            return math.inf
+        return -value if self.higher_is_better else value
+
+
+def import_optuna() -> Any:
+    """The package; UserError where it is missing."""
+    try:
+        import optuna
+    except ImportError:
+        raise UserError("search by Optuna needs the package optuna: pip install optuna") from None
+    return optuna
 
 
 class Optuna:
@@ -102,16 +118,10 @@ class Optuna:
         higher_is_better: bool,
         metric: str,
     ):
-        try:
-            import optuna
-        except ImportError:
-            raise UserError(
-                "search by Optuna needs the package optuna: pip install optuna"
-            ) from None
-        self._optuna = optuna
-        self._study = optuna.create_study(
+        self._optuna = import_optuna()
+        self._study = self._optuna.create_study(
             direction="maximize" if higher_is_better else "minimize",
-            sampler=optuna.samplers.TPESampler(seed=seed),
+            sampler=self._optuna.samplers.TPESampler(seed=seed),
         )
         self._grid, self._sizes = dict(grid), dict(sizes)
         self._trials, self._metric = trials, metric

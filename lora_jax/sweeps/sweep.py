@@ -1,8 +1,8 @@
 """A sweep from a config file to a table: grid, packs, one program each, results.
 
-The workdir holds `sweep.json` (what was asked), `members/<name>/` (each an ordinary workdir),
-`results.csv` (grows as members finish), `updates.csv` (size and spectrum of every update, see
-`training.spectra`), plots, `report.html`, and `result.json` at the end. The same command continues
+The workdir holds `members/<name>/` (each an ordinary workdir), `results.csv` (grows as members
+finish), `updates.csv` (size and spectrum of every update, see `training.spectra`), plots,
+`report.html`, and `result.json` at the end. The same command continues
 an interrupted sweep; a larger grid in the same workdir runs what is new.
 """
 
@@ -64,6 +64,13 @@ class Options:
     memory: int | None = None
     compile_seconds: float = planner.COMPILE_SECONDS
     dry: bool = False
+
+    def __post_init__(self) -> None:
+        if self.optuna is None:
+            return
+        search.import_optuna()  # what is missing is said before anything is compiled
+        if self.random is not None:
+            raise UserError("random search and Optuna exclude each other")
 
 
 def sweep(
@@ -133,6 +140,8 @@ class Sweep:
         stopper = self._halving()
         plans = self._plan(waiting)
         ready = [self._prepare(p) for p in plans]
+        programs, seconds = _programs(ready), sum(r.seconds for r in ready)
+        print(f"in all {len(ready)} packs, {programs} programs, about {seconds:.0f} s", flush=True)
         if self.options.dry:
             return self._summary(ready, began, dry=True)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -277,8 +286,6 @@ class Sweep:
         o = self.options
         if o.optuna is None:
             return one.plan.members, self._finished
-        if o.random is not None:
-            raise UserError("random search and Optuna exclude each other")
         sizes = {name: len(overrides) for name, overrides in self.sweeps.items()}
         places = itertools.product(*map(range, sizes.values()))
         metric = self.task.principal
@@ -310,7 +317,7 @@ class Sweep:
         return {
             "members": len(self.members),
             "packs": len(ready),
-            "programs_compiled": sum(r.program.programs + r.probed for r in ready),
+            "programs_compiled": _programs(ready),
             "modes": [r.mode for r in ready],
             "update_seconds": self._update_seconds,
             "expected_seconds": sum(r.seconds for r in ready),
@@ -330,6 +337,11 @@ class Sweep:
         write_json(self.workdir / RESULT, result)
         print(frame.to_string(index=False))
         return result
+
+
+def _programs(ready: Sequence[Prepared]) -> int:
+    """Compiled for steps so far; other lengths of rows come as the data has them."""
+    return sum(r.program.programs + r.probed for r in ready)
 
 
 def eval_chunk(slots: int) -> int:

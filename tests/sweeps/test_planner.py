@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 
 import jax
 import numpy as np
@@ -109,6 +110,47 @@ def test_grids_cross_and_refuse_the_same_key_twice():
         grid.cross({"a": [{"x": 1}], "b": [{"x": 2}]})
     assert len(grid.sample(combos, 3, seed=1)) == 3
     assert grid.sample(combos, 3, seed=1) == grid.sample(combos, 3, seed=1)
+
+
+def test_equal_members_are_one_and_numbers_may_be_numpys(tiny_config):
+    ranks = np.array([4, 2, 4])
+    found = grid.unique(grid.members(tiny_config(), [{"method.rank": r} for r in ranks]))
+    assert [m.experiment.method.rank for m in found] == [4, 2]
+    assert found[0].name == grid.members(tiny_config(), [{"method.rank": 4}])[0].name
+    rates = grid.members(tiny_config(), [{"optimizer.learning_rate": np.float32(0.5), "seed": r}
+                                         for r in ranks[:1]])  # fmt: skip
+    assert (rates[0].experiment.optimizer.learning_rate, rates[0].experiment.seed) == (0.5, 4)
+
+
+def test_generators_are_checked_where_they_are_used(tmp_path):
+    file = tmp_path / "grid.py"
+    file.write_text(
+        "def sweep_rank():\n    yield {'method.rank': 1}\n"
+        "def sweep_none():\n    return []\n"
+        "def sweep_odd():\n    yield 'method.rank', 1\n"
+    )
+    assert grid.generators(str(file), ["rank"]) == {"rank": [{"method.rank": 1}]}
+    with pytest.raises(UserError, match=r"sweep_none\(\).* yields nothing"):
+        grid.generators(str(file))
+    with pytest.raises(UserError, match="yield dicts"):
+        grid.generators(str(file), ["odd"])
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_halving_puts_what_is_not_a_number_last(tiny_config, higher):
+    members = grid.members(tiny_config(), [{"seed": i} for i in range(4)])
+    values = [float("nan"), 1.0, float("nan"), 2.0]
+    halving = search.Halving(1, 2, higher_is_better=higher)
+    reasons = halving([(m, 1, v) for m, v in zip(members, values, strict=True)])
+    assert [r is None for r in reasons] == [False, True, False, True]
+
+
+def test_optuna_that_is_missing_is_said_first(monkeypatch):
+    from lora_jax.sweeps.sweep import Options
+
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(UserError, match="pip install optuna"):
+        Options(optuna=3)
 
 
 def test_halving_keeps_the_best_of_each_rung(tiny_config, tmp_path):
