@@ -91,6 +91,7 @@ def run(experiment: Experiment, workdir: str | Path, *, progress: bool = True) -
     bench = Workbench(experiment)
     start = begin(bench, experiment)
     print(f"trainable parameters\n{start.method.count(bench.params)}", flush=True)
+    data = bench.batches(experiment.data.seed)
     layout = training.shardings_of(start.state) if bench.mesh is not None else None
     step = training.make_step(
         bench.loss, start.method, start.tx,
@@ -105,7 +106,7 @@ def run(experiment: Experiment, workdir: str | Path, *, progress: bool = True) -
 
     with open_checkpoints(folder, bench) as checkpoints:
         fitted = training.fit(
-            step, start.frozen, start.state, bench.batches(experiment.data.seed), steps=t.steps,
+            step, start.frozen, start.state, data, steps=t.steps,
             workdir=folder, checkpoints=checkpoints, evaluate=evaluate if t.eval_every else None,
             inspect=inspector(start.method, experiment.evaluation.spectra),
             eval_every=t.eval_every, save_every=t.save_every, log_every=t.log_every,
@@ -123,6 +124,7 @@ def run(experiment: Experiment, workdir: str | Path, *, progress: bool = True) -
     return finish(
         bench, experiment, start.method, folder, state.trainable,
         metrics={**metrics, **base_metrics},
+        fingerprint=data.fingerprint,
         extra={
             "tokens_per_second": fitted.tokens_per_second,
             "seconds": time.perf_counter() - began,
@@ -172,6 +174,7 @@ def finish(
     trainable: Any,
     *,
     metrics: dict[str, float],
+    fingerprint: str,
     extra: dict[str, Any],
 ) -> dict[str, Any]:
     """Writes the adapter and then the result, which marks the workdir as finished.
@@ -193,7 +196,7 @@ def finish(
         "peak_memory_bytes": peak_memory_bytes(),
         **extra,
         "base_sha256": bases.sha256(experiment.model),
-        "data": {"name": describe(experiment.data.source), "fingerprint": bench.fingerprint},
+        "data": {"name": describe(experiment.data.source), "fingerprint": fingerprint},
         "seed": experiment.seed,
         "config": to_dict(experiment),
         **environment(),

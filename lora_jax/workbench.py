@@ -138,11 +138,6 @@ class Workbench:
             return loader.batches(self.train_examples, packing=d.packing, loss=d.loss, **common)
         return loader.batches(self.train_examples, packing=False, buckets=d.buckets, **common)
 
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Short hash of the training examples and of how they are batched."""
-        return self.batches(self.experiment.data.seed).fingerprint
-
     # Method.
 
     def prepared(self, experiment: Experiment) -> Any:

@@ -49,6 +49,10 @@ class Cursor:
     def place(self) -> str:
         return json.dumps(self._iterator.get_state())
 
+    @property
+    def fingerprint(self) -> str:
+        return str(self._iterator.fingerprint)
+
 
 def cursor_for(
     cursors: Iterable[Cursor], bench: Workbench, seed: int, step: int, saved: str | None
@@ -177,7 +181,7 @@ class Slot:
         speed = self._all_tokens / self._seconds if self._seconds else 0.0
         return finish(
             self.bench, self.experiment, self.start.method, self.folder, trainable,
-            metrics=metrics,
+            metrics=metrics, fingerprint=self.cursor.fingerprint,
             extra={
                 "tokens_per_second": speed,
                 "seconds": time.perf_counter() - self._began,
