@@ -145,8 +145,10 @@ def test_none_is_a_value_among_words(tmp_path: Path) -> None:
 AXES = {
     "none among numbers": {"optimizer.clip_norm": (None, 1.0), RANK: (1, 2)},
     "ranks by rules": {RANK: (2, '[["query", 4], [".*", 2]]'), RATE: (1e-3, 1e-2)},
-    "two regexes": {TARGETS: ('["^layers/0/attention/query/kernel$", "^layers_1^/v$"]', "all-linear"),
-                    RANK: (1, 2)},
+    "two regexes": {
+        TARGETS: ('["^layers/0/attention/query/kernel$", "^layers_1^/v$"]', "all-linear"),
+        RANK: (1, 2),
+    },
     "yes and no": {"data.packing": (True, False)},
     "one alone": {ALPHA: (1.0, 2.0, 4.0)},
     "no field": {RANK: (4,)},
