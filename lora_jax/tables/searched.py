@@ -84,8 +84,11 @@ class Searched:
         experiment = grid.configured(self.config, {**self.overrides, **chosen})
         task = experiment.data.task
         baselines = folder.parent / "baselines"
-        full = self._runs(self.full, baselines, seeds, progress) if isinstance(
-            self.full, Baseline) else (float(self.full),)  # fmt: skip
+        full = (
+            self._runs(self.full, baselines, seeds, progress)
+            if isinstance(self.full, Baseline)
+            else (float(self.full),)
+        )
         head = () if self.head_only is None else self._runs(
             self.head_only, baselines, seeds, progress
         )  # fmt: skip
