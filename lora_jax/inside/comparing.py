@@ -36,6 +36,13 @@ def pairs(one: Iterable[Update], other: Iterable[Update]) -> Iterator[tuple[Upda
     """The updates of the same matrix, in the order of the first."""
     one, by_path = list(one), {x.path: x for x in other}
     both = [(x, by_path[x.path]) for x in one if x.path in by_path]
+    if both and all(x.shape != y.shape for x, y in both):
+        x, y = both[0]
+        raise UserError(
+            f"{x.path} is {list(x.shape)} in one and {list(y.shape)} in the other, and no matrix "
+            "is of equal size in both: these are adapters of bases of different shapes; compare "
+            "two of the same base"
+        )
     both = [(x, y) for x, y in both if x.shape == y.shape]
     if not both:
         mine, theirs = (x[0].path if x else "nothing" for x in (one, list(by_path.values())))

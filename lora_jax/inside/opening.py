@@ -46,7 +46,7 @@ def open_updates(
       UserError: nothing of that kind there, or what `load_adapter` and `updates` raise.
     """
     folder = _folder(path)
-    if base_of(folder) is not None and base is None:
+    if is_run(folder) and base is None:
         bench, method, trainable = runs.load_run(folder)
         return updates(method, trainable, bench.params, dense=dense, modules=modules)
     if (folder / "adapter" / CONFIG).is_file():
@@ -61,14 +61,27 @@ def open_updates(
 
 
 def base_of(path: str | os.PathLike[str]) -> str | None:
-    """The base of a run, from its workdir; None for anything else."""
+    """The files that a run's base was read from; None where its weights were drawn at random, and
+    for what is no run."""
+    model = _run_model(path)
+    if model is None or model.get("shape") is not None or model.get("init_seed") is not None:
+        return None
+    return str(model["source"])
+
+
+def is_run(path: str | os.PathLike[str]) -> bool:
+    """Whether it is the workdir of a run, which knows its own base."""
+    return _run_model(path) is not None
+
+
+def _run_model(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The `model` of a run's config."""
     config = Path(path) / "config.json"
     if not config.is_file():
         return None
     content = read_json(config)
-    if "method" not in content or not isinstance(content.get("model"), dict):
-        return None
-    return str(content["model"].get("source"))
+    model = content.get("model")
+    return model if "method" in content and isinstance(model, dict) else None
 
 
 def _folder(path: str | os.PathLike[str]) -> Path:
@@ -125,8 +138,8 @@ def _of_file(folder: Path, modules: str | None) -> list[Update]:
     for name, value in tensors.items():
         if match := _FACTOR.fullmatch(name.removeprefix(PREFIX)):
             stored.setdefault(match[1], {})[match[2]] = value.astype(np.float32)
-        else:
-            whole.append(name)
+        elif not name.endswith(".base_layer.weight") and ".original_module." not in name:
+            whole.append(name)  # PEFT's copies of frozen weights aside
     if whole:
         _log.warning("left out, since trained whole: %s", ", ".join(whole))
     found = [x for name, ab in stored.items() if (x := _update(folder, config, name, ab))]

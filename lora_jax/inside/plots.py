@@ -20,12 +20,15 @@ MAPPED = ("norm", "stable_rank", "effective_rank", "amplification", "similarity_
 def maps(frame: pd.DataFrame, columns: Sequence[str] = MAPPED) -> Figure:
     """A layer x module map of each of the columns that the frame has numbers for.
 
+    What is infinite (amplification where W is 0) has no colour.
+
     Args:
       frame: of `matrices` or `compare`, with layers.
     """
     inside = frame[frame["layer"].notna()]
+    inside = inside.replace([np.inf, -np.inf], np.nan)
     columns = [c for c in columns if c in inside and inside[c].notna().any()]
-    tables = [layer_map(frame, c) for c in columns]
+    tables = [layer_map(inside, c) for c in columns]
     height = 0.9 + 0.28 * len(tables[0])
     width = max(4.0, 1.9 + 0.3 * tables[0].shape[1])
     figure = Figure(figsize=(width, height * len(columns)), layout="constrained")

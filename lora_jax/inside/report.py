@@ -48,6 +48,9 @@ class Options:
     def __post_init__(self) -> None:
         if self.side is not None and self.side not in SIDES:
             raise UserError(f"side must be one of {', '.join(SIDES)}, not {self.side!r}")
+        for name, count in (("--top (k)", self.k), ("--directions", self.directions)):
+            if count is not None and count < 1:
+                raise UserError(f"{name} is {count}: look at one direction or more")
 
 
 def analyze(
@@ -83,7 +86,11 @@ def analyze(
             dataclasses.replace(x, weight=None) for x in _open(options.against, base, options)
         ]
         tables["against"] = comparing.compare(_shown(mine, "comparison", options), theirs)
-        print(f"\nagainst {options.against}: similarity φ, and what is captured of its energy")
+        common = len(tables["against"])
+        print(
+            f"\nagainst {options.against} ({len(theirs)} matrices, {common} of them in common): "
+            "similarity φ, and what is captured of its energy"
+        )
         print(_text(tables["against"].drop(columns="path")))
     if out is not None:
         _write(Path(out), tables, mine, theirs, options)
@@ -92,7 +99,7 @@ def analyze(
 
 
 def _open(path: str | os.PathLike[str], base: str | None, options: Options) -> list[Update]:
-    own = opening.base_of(path) if options.base is None else None
+    own = options.base is None and opening.is_run(path)
     return opening.open_updates(
         path, base=None if own else base, dense=options.dense, modules=options.modules
     )
@@ -116,15 +123,19 @@ def _write(
         chosen = [x for x in mine if x.layer in layers] if layers else mine
         found = comparing.similarity_to_base(_shown(chosen, "base", options), side)
         tables["similarity_to_base"] = found
-        names = (f"i of W ({side})", "j of ΔW")
-        figures["similarity_to_base"] = plots.similarities(found, _sizes(mine, side), names=names)
+        if not found.empty:  # as it is of an adapter that was never trained
+            names = (f"i of W ({side})", "j of ΔW")
+            figures["similarity_to_base"] = plots.similarities(
+                found, _sizes(mine, side), names=names
+            )
     if theirs:
         side = _side([*mine, *theirs], options)
         tables["against_spectra"] = frames.spectra(theirs)
         figures["against_energy"] = plots.spectra(tables["against_spectra"], "energy")
         tables["similarity"] = comparing.similarity(mine, theirs, side)
         found, names = tables["similarity"], (f"i of this ({side})", "j of the other")
-        figures["similarity"] = plots.similarities(found, _sizes(mine, side), names=names)
+        if not found.empty:
+            figures["similarity"] = plots.similarities(found, _sizes(mine, side), names=names)
         if tables["against"]["layer"].notna().any():
             shown = [f"{side}_first", f"{side}_all", "captured", "best"]
             figures["against_maps"] = plots.maps(tables["against"], shown)

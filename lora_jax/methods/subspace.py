@@ -299,8 +299,9 @@ def _applied(
 
 
 def _layer(path: str) -> str:
-    """The layer an expanded path is in: up to its first number, or its first name."""
-    match = re.match(r"(?:.*?/)?\d+(?=/|$)", path)
+    """The layer an expanded path is in: up to the first name that is a number, or ends in one as
+    Linen's do (`Transformer/encoderblock_3`), or its first name."""
+    match = re.match(r"(?:.*?/)?(?:[^/]*_)?\d+(?=/|$)", path)
     return match[0] if match else path.split("/")[0]
 
 

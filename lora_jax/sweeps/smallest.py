@@ -36,6 +36,7 @@ class Found:
       threshold: what they show.
       parameters: trainable parameters by size, as counted.
       converged: share of the runs that ended by their patience; the others by their last step.
+      statistic: over the seeds of a size.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Found:
     threshold: Threshold
     parameters: Mapping[float, int]
     converged: float
+    statistic: Statistic = "mean"
 
     def parameters_at(self, size: float) -> float:
         """Trainable parameters at a size between those that were run, straight from one to the
@@ -76,6 +78,7 @@ def load(path: Path) -> Found:
     return Found(
         raw["name"], raw["size"], Target(**target), tuple(Run(**r) for r in raw["runs"]),
         Threshold(**limits), {float(k): v for k, v in raw["parameters"].items()}, raw["converged"],
+        raw["statistic"],
     )  # fmt: skip
 
 
@@ -132,8 +135,9 @@ class Smallest:
         counts = {s: r["trainable_params"] for s, _, r in results if "trainable_params" in r}
         ended = [bool(r.get("converged")) for _, _, r in results]
         return Found(
-            self.name, self.size, target, tuple(runs), found, counts, sum(ended) / len(ended)
-        )
+            self.name, self.size, target, tuple(runs), found, counts, sum(ended) / len(ended),
+            self.statistic,
+        )  # fmt: skip
 
     def _overrides(self, sizes: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
         return {"size": [{self.size: s} for s in sizes], "seed": [dict(s) for s in self.seeds]}

@@ -49,7 +49,8 @@ def compare(found: Mapping[str, Found], path: Path, metric: str = "metric") -> P
 
 
 def _curve(axes: Any, name: str, one: Found, colour: str) -> None:
-    fit = curve(one.runs, higher_is_better=one.target.higher_is_better)
+    up = one.target.higher_is_better
+    fit = curve(one.runs, higher_is_better=up, statistic=one.statistic)
     runs_at = [one.parameters_at(r.size) for r in one.runs]
     axes.plot(runs_at, [r.metric for r in one.runs], ".", color=colour, alpha=0.5)
     axes.plot([one.parameters_at(s) for s in fit.sizes], fit.fitted, color=colour, label=name)

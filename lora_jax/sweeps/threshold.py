@@ -84,6 +84,11 @@ class Target:
             raise UserError("a target needs the metric of full fine-tuning, or a fixed one")
         if not self.higher_is_better and not self.head_only:
             raise UserError("a fraction of a loss means nothing: give head_only for its gain")
+        if not np.isfinite([*self.full, *self.head_only]).all():
+            raise UserError(
+                f"a run without a metric is no baseline (full: {self.full}, head_only: "
+                f"{self.head_only}): lower its learning rate, or leave its seed out"
+            )
         if self.head_only:
             gain = float(np.mean(self.full) - np.mean(self.head_only))
             if (gain if self.higher_is_better else -gain) <= 0:
@@ -229,7 +234,10 @@ def threshold(
 
 
 def _by_size(runs: Sequence[Run]) -> dict[float, np.ndarray]:
-    """Metrics by size, sizes ascending, seeds in order."""
+    """Metrics by size, sizes ascending, seeds in order.
+
+    UserError for what would be compared wrongly: NaN is neither below nor above a target.
+    """
     if not runs:
         raise UserError("a threshold needs runs")
     seen = [(r.size, r.seed) for r in runs]
@@ -237,6 +245,12 @@ def _by_size(runs: Sequence[Run]) -> dict[float, np.ndarray]:
         raise UserError("two runs of one size and seed: keep one of them")
     if min(r.size for r in runs) <= 0:
         raise UserError("sizes must be above 0: they are compared by their logarithms")
+    for r in runs:
+        if not math.isfinite(r.metric):
+            raise UserError(
+                f"the run of size {r.size:g}, seed {r.seed}, has the metric {r.metric}: say what "
+                "it counts as, such as the metric at chance (`runs_of(…, diverged=…)`)"
+            )
     ordered = sorted(runs, key=lambda r: (r.size, r.seed))
     sizes = sorted({r.size for r in runs})
     return {s: np.array([r.metric for r in ordered if r.size == s]) for s in sizes}

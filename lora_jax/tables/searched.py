@@ -13,6 +13,7 @@ from typing import Any
 
 from lora_jax.errors import UserError
 from lora_jax.experiment import to_dict
+from lora_jax.methods.subspace import Subspace
 from lora_jax.runs import write_json
 from lora_jax.statistics import Summary
 from lora_jax.sweeps import grid
@@ -83,13 +84,20 @@ class Searched:
         experiment = grid.configured(self.config, {**self.overrides, **chosen})
         task = experiment.data.task
         baselines = folder.parent / "baselines"
-        full = (self.full,) if isinstance(self.full, float) else self._runs(
-            self.full, baselines, seeds, progress
-        )  # fmt: skip
+        full = (
+            self._runs(self.full, baselines, seeds, progress)
+            if isinstance(self.full, Baseline)
+            else (float(self.full),)
+        )
         head = () if self.head_only is None else self._runs(
             self.head_only, baselines, seeds, progress
         )  # fmt: skip
-        target = Target(full, head, self.fraction, task.higher_is_better)
+        try:
+            target = Target(full, head, self.fraction, task.higher_is_better)
+        except UserError as error:  # what the baselines gave, and they would give it again
+            place.mkdir(parents=True, exist_ok=True)
+            spent = _spent(place, time.perf_counter() - began, 0)
+            return Measured({}, None, spent, chosen, str(error))
         search = Smallest(
             to_dict(experiment), self.size, self.ladder,
             [{"seed": s, **dict.fromkeys(self.vary, s)} for s in seeds],
@@ -102,7 +110,10 @@ class Searched:
         return Measured(
             {}, _parameters(found), spent, chosen, _reason(found.threshold, self.ladder),
             place=str(file), summary=_summary(found.threshold, len(seeds)),
-            notes=(_note(found, self.head_only is not None, experiment.training),),
+            notes=(
+                _note(found, self.head_only is not None, experiment.training),
+                _outside(experiment.method),
+            ),
         )  # fmt: skip
 
     def _runs(
@@ -136,9 +147,11 @@ class Searched:
         return tried.chosen
 
     def _target(self) -> str:
-        full = self.full if isinstance(self.full, float) else dict(self.full.overrides)
-        head = None if self.head_only is None else dict(self.head_only.overrides)
-        return _hash([full, head, self.fraction])
+        """Of all that makes another threshold of the same runs: each has a file of its own."""
+        ends = (self.full, self.head_only)
+        baselines = [dataclasses.asdict(b) if isinstance(b, Baseline) else b for b in ends]
+        return _hash([baselines, self.fraction, self.metric, self.statistic,
+                      dataclasses.asdict(self.ladder), self.diverged, self.name])  # fmt: skip
 
 
 def _hash(content: Any) -> str:
@@ -177,6 +190,16 @@ def _note(found: Found, gain: bool, training: Any) -> str:
         f"{found.converged:.0%} of the {len(found.runs)} runs had, the others end at "
         f"{training.steps} updates"
     )
+
+
+def _outside(method: Any) -> str:
+    """What is trained beside the searched size, such as the head, and whether it counts in it."""
+    own = "d" if isinstance(method, Subspace) else "the rank"
+    if not getattr(method, "train", ()):
+        return f"nothing is trained outside of what {own} counts"
+    counts = isinstance(method, Subspace) and method.train_counts
+    names = ", ".join(method.train)
+    return f"{names} trained whole, and {'counted in' if counts else 'no part of'} {own}"
 
 
 def _parameters(found: Found) -> int | None:

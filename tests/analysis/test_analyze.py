@@ -1,5 +1,6 @@
 """`lora-jax analyze` on runs, adapter folders and models, and PEFT's own numbers."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -9,11 +10,13 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import lora_jax as lj
 from lora_jax import analysis, cli, inside, partition, pretrained, runs
 from lora_jax.errors import UserError
 from lora_jax.experiment import from_dict, to_dict
+from lora_jax.inside import opening, plots
 
 HF = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 40,
@@ -99,6 +102,77 @@ def test_a_run_against_another(tiny_config, tmp_path, capsys):
     assert "intruders" not in capsys.readouterr().out
 
 
+def test_a_random_start_is_no_base_to_read(tiny_images, tmp_path):
+    """A shape's `source` is not where its weights are from; nothing is loaded for the other."""
+    config = tiny_images(method={"kind": "lora", "rank": 2, "targets": "hidden_0", "train": ()})
+    del config["method"]["dimension"]
+    experiment = from_dict(config)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    runs.write_json(folder / "config.json", to_dict(experiment))
+    assert opening.is_run(folder) and opening.base_of(folder) is None
+    runs.write_json(
+        folder / "config.json",
+        {
+            **to_dict(experiment),
+            "model": {
+                **to_dict(experiment)["model"],
+                "shape": None,
+                "source": "here",
+                "init_seed": None,
+            },
+        },
+    )
+    assert opening.base_of(folder) == "here"
+
+
+def test_an_adapter_that_was_never_trained(work, tmp_path):
+    """B is zero: it has directions of A alone, and figures of what there is."""
+    model, params = pretrained.load_pretrained(work / "base")
+    method = lj.LoRA(rank=2, alpha=4.0, targets="query")
+    trainable = method.init(jax.random.key(0), params)
+    pretrained.save_adapter(tmp_path / "new", model, method, trainable, params=params)
+    for side, drawn in (("a", True), ("out", False)):
+        out = tmp_path / side
+        words = ("--base", work / "base", "--side", side, "--out", out, "--against", work / "r2")
+        assert run(tmp_path / "new", *words) == 0
+        assert (out / "similarity.png").exists() == drawn
+        assert (out / "similarity_to_base.png").exists() == drawn
+
+
+def test_a_base_of_another_shape_is_named(work):
+    found = inside.open_updates(work / "r2")
+    wider = [
+        dataclasses.replace(x, shape=(x.shape[0], 99), factors=(x.factors[0], np.ones((2, 99))))
+        for x in found
+    ]
+    with pytest.raises(UserError, match=r"in one and \[\d+, 99\] in the other.*same base"):
+        inside.compare(found, wider)
+
+
+def test_frozen_copies_in_a_file_were_not_trained(work, tmp_path, caplog):
+    """PEFT saves the embedding beside factors on it; a saved head is another matter."""
+    shutil.copytree(work / "r2", tmp_path / "r2")
+    file = tmp_path / "r2" / opening.TENSORS
+    tensors = load_file(file)
+    for name in ("embed_tokens.base_layer", "lm_head"):
+        tensors[f"base_model.model.model.{name}.weight"] = np.ones((40, 16), np.float32)
+    save_file(tensors, file)
+    assert len(inside.open_updates(tmp_path / "r2")) == 5
+    assert "lm_head" in caplog.text and "base_layer" not in caplog.text
+
+
+def test_a_map_of_an_infinite_amplification(work):
+    """Where the base is zero, as a start may be, any update is infinitely more: a scale of
+    colours that reached so far would show all others as one."""
+    found = inside.open_updates(work / "r2", base=work / "base", modules="query")
+    zero = np.zeros(found[0].shape, np.float32)
+    frame = inside.matrices([dataclasses.replace(found[0], weight=lambda: zero), *found[1:]])
+    assert np.isinf(frame["amplification"][0])
+    images = [image for axes in plots.maps(frame).axes for image in axes.images]
+    assert images and all(np.isfinite(image.get_clim()).all() for image in images)
+
+
 def test_a_folder_with_and_without_its_base(work, capsys):
     on_base = inside.open_updates(work / "r4", base=work / "base")
     alone = inside.open_updates(work / "r4")
@@ -114,7 +188,8 @@ def test_a_folder_with_and_without_its_base(work, capsys):
                 u, v = x.directions(side), y.directions(side)
                 assert analysis.similarity(u, v, 2, 2) == pytest.approx(1.0, abs=1e-5)
     assert run(work / "r2", "--against", work / "r4", "--modules", "down") == 0
-    assert "2 matrices" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2 matrices" in printed and "2 of them in common" in printed
 
 
 def test_a_model_trained_whole(work, tmp_path, capsys):
@@ -156,6 +231,8 @@ def test_what_is_refused_says_what_to_do(work, tmp_path, capsys):
         inside.compare(on_base, inside.open_updates(work / "r4"))
     assert "holds no adapter" in error(work / "base")
     assert "side must be" in error(work / "r2", "--side", "left")
+    for option in ("--top", "--directions"):
+        assert "one direction or more" in error(work / "r2", option, "0")
     moved = tmp_path / "pissa"
     shutil.copytree(work / "r2", moved)
     config = json.loads((moved / "adapter_config.json").read_text())

@@ -143,6 +143,14 @@ def test_said_spends_some_of_d_on_scales() -> None:
     assert each.count(params).per_target == {"subspace/vector": 11, "subspace/scales": 9}
 
 
+def test_a_layer_is_also_what_linen_numbers() -> None:
+    """`encoderblock_3` inside of another module, as in Flax's own ViT, not only `layers/3`."""
+    leaf = {"Dense_0": {"kernel": np.ones((4, 4))}, "Dense_1": {"kernel": np.ones((4, 4))}}
+    params = {"Transformer": {f"encoderblock_{i}": leaf for i in range(3)}, "head": leaf}
+    counts = Subspace(dimension=30, scope="tensor", scales="layer").count(params).per_target
+    assert counts["subspace/scales"] == 3 + 2  # the head's two modules are numbered themselves
+
+
 def test_a_padded_member_has_the_gradient_of_its_own_run() -> None:
     """Members of other d and seed in one program, as in a pack: none of the padding counts."""
     options: dict[str, Any] = dict(

@@ -161,6 +161,16 @@ def test_runs_of_a_table() -> None:
         threshold([], Target((1.0,)))
 
 
+def test_what_is_no_number_is_neither_enough_nor_too_little() -> None:
+    """NaN compares as false both ways: unnoticed, the crossing would be anywhere."""
+    runs = [Run(10, 0, 0.5), Run(20, 0, math.nan), Run(40, 0, 0.9)]
+    with pytest.raises(UserError, match=r"size 20, seed 0, has the metric nan.*diverged"):
+        threshold(runs, Target((1.0,), fraction=0.75))
+    for full, head in (((0.9, math.nan), ()), ((0.9,), (math.inf,))):
+        with pytest.raises(UserError, match="is no baseline"):
+            Target(full, head)
+
+
 @pytest.mark.parametrize("parts", [2, 4])
 def test_the_ladder_closes_in(parts: int) -> None:
     ladder = Ladder(10, 10_000, points=4, ratio=1.1, parts=parts)

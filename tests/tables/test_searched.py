@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def test_a_table_of_thresholds(config: str, tmp_path: Path) -> None:
         {"method.kind": "head_only", "optimizer.learning_rate": 0.003}, vary=("data.seed",)
     )
     vary = ("data.seed", "method.projection_seed")
-    absolute = Searched(config, ladder, 0.5, vary=vary)
+    absolute = Searched(config, ladder, 1, fraction=0.45, vary=vary)  # as 0.9 of 0.5
     gain = Searched(config, ladder, full, head_only=head, fraction=0.5, vary=vary)
     drawn: list[Path] = []
 
@@ -59,12 +60,40 @@ def test_a_table_of_thresholds(config: str, tmp_path: Path) -> None:
         if line.summary is not None:
             assert line.summary.n == 2 and line.summary.low <= line.summary.value
     assert "2 evaluations, one each 10 updates" in one.notes[0] and "the gain from" in two.notes[0]
+    assert all("^head/ trained whole, and no part of d" in m.notes for m in (one, two))
     again = tables.run(table, "small", tmp_path / "t", progress=False)
     assert [x.measured.seconds for x in again.lines] == [one.seconds, two.seconds]
     paths = render.write(filled, tmp_path / "out", "thresholds")
     assert paths[-1] == drawn[-1] and "1 of" not in drawn[-1].read_text()
     text = (tmp_path / "out" / "thresholds.md").read_text()
     assert "has converged after 2 evaluations" in text
+
+
+def test_thresholds_of_the_same_runs_do_not_overwrite_each_other() -> None:
+    """Each is a file beside the runs, which a table's figure reads once all rows are there."""
+    work = Searched("c.py", Ladder(1, 8), Baseline({}), head_only=Baseline({}))
+    others = [
+        dataclasses.replace(work, **change)
+        for change in (
+            {"metric": "f1"}, {"statistic": "best"}, {"ladder": Ladder(1, 9)}, {"name": "d75"},
+            {"full": Baseline({}, grid=[{"a": 1}])}, {"full": 1.0}, {"head_only": None},
+            {"diverged": 0.0},
+        )
+    ]  # fmt: skip
+    assert len({x._place() for x in (work, *others)}) == 1
+    assert len({x._target() for x in (work, *others)}) == 1 + len(others)
+
+
+def test_no_gain_over_the_head_is_an_outcome_and_no_failure(config: str, tmp_path: Path) -> None:
+    """A random start may learn nothing; the same command would find the same again."""
+    still = Baseline({"method.kind": "full", "optimizer.learning_rate": 0.0}, vary=("data.seed",))
+    work = Searched(config, Ladder(1, 2, points=2), still, head_only=still, vary=("data.seed",))
+    table = tables.Table("T", (tables.Row("MLP", "d90 of the gain", work),), seeds=1)
+    for _ in range(2):
+        filled = tables.run(table, "small", tmp_path / "t", progress=False)
+        assert not filled.failed
+        assert "gains nothing over the head alone" in filled.lines[0].measured.reason
+    assert not list((tmp_path / "t").rglob(f"*{smallest.FILE}"))
 
 
 def test_what_no_size_reaches_says_so(config: str, tmp_path: Path) -> None:
