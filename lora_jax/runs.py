@@ -84,11 +84,8 @@ def run(experiment: Experiment, workdir: str | Path, *, progress: bool = True) -
     another config began.
     """
     began, folder, t = time.perf_counter(), Path(workdir), experiment.training
-    for name, asked in (("keep='best'", t.keep == "best"), ("patience", t.patience)):
-        if asked and not t.eval_every:
-            raise UserError(f"training.{name} needs training.eval_every above 0")
-    claim(folder, to_dict(experiment))
     bench = Workbench(experiment)
+    claim(folder, to_dict(experiment))
     start = begin(bench, experiment)
     print(f"trainable parameters\n{start.method.count(bench.params)}", flush=True)
     data = bench.batches(experiment.data.seed)
@@ -119,7 +116,7 @@ def run(experiment: Experiment, workdir: str | Path, *, progress: bool = True) -
     metrics, predictions = bench.evaluate(adapted)
     print("adapted model:", ", ".join(f"{n} {v:.3f}" for n, v in metrics.items()), flush=True)
     metrics |= bench.general_loss(adapted)
-    base_metrics, base_predictions = evaluate_base(bench)
+    base_metrics, base_predictions = evaluate_base(bench, experiment.data.seed)
     show(bench, predictions, base_predictions)
     return finish(
         bench, experiment, start.method, folder, state.trainable,
@@ -159,9 +156,10 @@ def open_checkpoints(folder: Path, bench: Workbench) -> training.Checkpoints:
     return training.Checkpoints(folder / "checkpoints", metric=bench.task.principal, mode=mode)
 
 
-def evaluate_base(bench: Workbench) -> tuple[dict[str, float], Any]:
-    """The base model's metrics, `base_*`, as far as the config asks for them."""
-    metrics, predictions = bench.evaluate_base()
+def evaluate_base(bench: Workbench, seed: int) -> tuple[dict[str, float], Any]:
+    """The base model's metrics, `base_*`, as far as the config asks for them; see
+    `Workbench.evaluate_base`."""
+    metrics, predictions = bench.evaluate_base(seed)
     general = bench.general_loss({"params": bench.params})
     return metrics | {f"base_{name}": value for name, value in general.items()}, predictions
 

@@ -46,6 +46,10 @@ class Workbench:
         self.by_loss = self.task.principal == "loss"
         if (self.task.head != "lm" or self.by_loss) and experiment.evaluation.base_shots:
             raise UserError("evaluation.base_shots needs a task with prompts and answers")
+        t = experiment.training
+        for name, asked in (("keep='best'", t.keep == "best"), ("patience", t.patience)):
+            if asked and not t.eval_every:
+                raise UserError(f"training.{name} needs training.eval_every above 0")
 
     # Model.
 
@@ -257,18 +261,19 @@ class Workbench:
         )  # fmt: skip
         return [self.tokenizer.decode(x, skip_special_tokens=True).strip() for x in ids]
 
-    def evaluate_base(self) -> tuple[dict[str, float], Any]:
+    def evaluate_base(self, seed: int) -> tuple[dict[str, float], Any]:
         """The base model with k examples in its prompt, on the same records; best k kept.
 
         Metrics `base_*` and `base_shots`. The examples stand before every prompt in the training
-        format, drawn by `data.seed`; an answer ends with its line.
+        format; an answer ends with its line.
+
+        Args:
+          seed: that draws the examples, a run's `data.seed`.
         """
         e = self.experiment.evaluation
         if not e.base_shots:
             return {}, []
-        picked = np.random.default_rng(self.experiment.data.seed).permutation(
-            len(self.train_records)
-        )
+        picked = np.random.default_rng(seed).permutation(len(self.train_records))
         newline = self.tokenizer.encode("\n")[-1]
         records = self.validation_records
         asked = [self.task.prompt_ids(r, self.tokenizer) for r in records]

@@ -64,7 +64,15 @@ class Halving:
                     rung = self.seen.setdefault(int(row["step"]), {})
                     rung[member.name] = row[f"eval/{metric}"]
 
+    def recalled(self, member: Member, step: int) -> tuple[str, float] | None:
+        """(why it stops, its metric) of a member that an interrupted sweep left at this step."""
+        value = self.seen.get(step, {}).get(member.name)
+        reason = None if value is None else self._reason(member, step, value)
+        return None if value is None or reason is None else (reason, value)
+
     def __call__(self, evaluated: list[tuple[Member, int, float]]) -> list[str | None]:
+        """Of what was evaluated at one time, [(member, updates done, principal metric)]: why each
+        stops here; None: it goes on."""
         for member, step, value in evaluated:
             if self.is_rung(step):
                 self.seen.setdefault(step, {})[member.name] = value

@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,8 +46,8 @@ class Options:
       halving: (first rung in updates, eta); None: no member is stopped early.
       optuna: trials that Optuna chooses from the grid; None: off.
       seed: of random and Optuna search.
-      mode: all members of a pack at once ("packed"), one after another through one program
-        ("serial"), or what a short probe finds faster ("auto").
+      mode: as many members of a pack at once as fit ("packed"), one after another through one
+        program ("serial"), or as many as a short probe finds fastest ("auto").
       slots: most members at once; None: as many as fit in memory.
       memory: bytes a pack may use on a device; None: what the device has.
       compile_seconds: cost of one more program, for cutting packs.
@@ -197,7 +197,7 @@ class Sweep:
         return plans
 
     def _prepare(self, plan: planner.PackPlan) -> Prepared:
-        """Compiles a pack's program with one and two slots, and chooses slots and mode."""
+        """Compiles a pack's program, and chooses how many members are in it at once."""
         members = plan.members
         bench = self.bench(members[0])
         start = begin(bench, members[0].experiment)
@@ -208,19 +208,20 @@ class Sweep:
         def program(slots: int) -> pack.Program:
             return pack.Program(bench, start, pack.Shape(like, slots), chunk=eval_chunk(slots))
 
-        if self.options.mode == "serial" or len(members) <= axis:
-            one = self._fits(program(axis), plan, bench, axis)
-            return self._prepared(plan, one, "serial", one.seconds_a_step())
-        wanted = min(len(members), self.options.slots or len(members))
-        many = self._fits(program(-(-wanted // axis) * axis), plan, bench, axis)
-        together = many.seconds_a_step()
-        if self.options.mode == "packed" or many.shape.slots == axis:
-            return self._prepared(plan, many, "packed", together)
-        one = program(axis)
-        alone = one.seconds_a_step()
-        if alone * many.shape.slots <= together * axis:
-            return self._prepared(plan, one, "serial", alone, others=many)
-        return self._prepared(plan, many, "packed", together, others=one)
+        mode, count = self.options.mode, len(members)
+        most = axis if mode == "serial" else min(count, self.options.slots or count)
+        first = self._fits(program(-(-most // axis) * axis), plan, bench, axis)
+        fewer = slot_counts(count, first.shape.slots, axis) if mode == "auto" else ()
+        chosen, seconds, probed = fastest(itertools.chain([first], map(program, fewer)), count)
+        mode = "serial" if chosen.shape.slots == axis else "packed"
+        seconds *= chosen.usual_share * members[0].experiment.training.steps
+        print(
+            f"pack of {count} members: {mode}, {chosen.shape.slots} at a time, "
+            f"{plan.params:,} parameters each ({plan.padding:.0%} padding), "
+            f"{chosen.bytes() / 2**30:.2f} GiB, about {seconds:.0f} s of training",
+            flush=True,
+        )
+        return Prepared(plan, chosen, mode, probed, seconds)
 
     def _fits(
         self, program: pack.Program, plan: planner.PackPlan, bench: Workbench, axis: int
@@ -242,31 +243,10 @@ class Sweep:
             program = program.with_slots(fewer)
         return program
 
-    def _prepared(
-        self,
-        plan: planner.PackPlan,
-        program: pack.Program,
-        mode: str,
-        seconds: float,
-        others: pack.Program | None = None,
-    ) -> Prepared:
-        slots = program.shape.slots
-        rounds = -(-len(plan.members) // slots)
-        steps = plan.members[0].experiment.training.steps
-        expected = seconds * program.usual_share * steps * rounds
-        print(
-            f"pack of {len(plan.members)} members: {mode}, {slots} at a time, "
-            f"{plan.params:,} parameters each ({plan.padding:.0%} padding), "
-            f"{program.bytes() / 2**30:.2f} GiB, about {expected:.0f} s of training",
-            flush=True,
-        )
-        return Prepared(plan, program, mode, others.programs if others else 0, expected)
-
     # Training.
 
     def _train(self, one: Prepared, stopper: search.Halving | None) -> None:
-        bench = one.program.bench
-        base, _ = evaluate_base(bench)
+        base = _base_metrics(one)
         members, done = self._chosen(one)
         total = sum(m.experiment.training.steps for m in one.plan.members)
         with Progress(
@@ -337,6 +317,44 @@ class Sweep:
         write_json(self.workdir / RESULT, result)
         print(frame.to_string(index=False))
         return result
+
+
+def slot_counts(members: int, slots: int, axis: int) -> Iterator[int]:
+    """Numbers of slots to try besides `slots`: about thirds, down to one a device of the sweep axis
+    (`axis` of them), with as few as possible empty in the last round."""
+    while slots > axis:
+        third = max(axis, slots // 3 // axis * axis)
+        rounds = -(-members // third)
+        slots = min(third, -(-members // (rounds * axis)) * axis)
+        yield slots
+
+
+def fastest(programs: Iterable[pack.Program], members: int) -> tuple[pack.Program, float, int]:
+    """(program, seconds of one step of all members, programs that were compiled besides).
+
+    They are compiled and timed in turn until one is no faster: a CPU's caches hold few members at
+    once, where an accelerator is not busy with few.
+    """
+    best, least, compiled = None, math.inf, 0
+    for program in programs:
+        seconds = -(-members // program.shape.slots) * program.seconds_a_step()
+        compiled += program.programs
+        if seconds >= least:
+            break
+        best, least = program, seconds
+    assert best is not None
+    return best, least, compiled - best.programs
+
+
+def _base_metrics(one: Prepared) -> Callable[[Member], dict[str, float]]:
+    """A member's metrics of the base model: examples in its prompt are drawn by the data's seed."""
+    bench = one.program.bench
+
+    def seed(member: Member) -> int:
+        return member.experiment.data.seed if bench.experiment.evaluation.base_shots else 0
+
+    found = {s: evaluate_base(bench, s)[0] for s in sorted({seed(m) for m in one.plan.members})}
+    return lambda member: found[seed(member)]
 
 
 def _programs(ready: Sequence[Prepared]) -> int:

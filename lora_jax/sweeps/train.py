@@ -14,14 +14,12 @@ from lora_jax.data.bucketing import alike
 from lora_jax.sweeps import padding
 from lora_jax.sweeps.grid import Member
 from lora_jax.sweeps.pack import Program
+from lora_jax.sweeps.search import Halving
 from lora_jax.sweeps.slots import Slot
 from lora_jax.training import Interrupted, State, Terminated
 from lora_jax.training.spectra import Row
 from lora_jax.workbench import mean_of
 
-Stopper = Callable[[list[tuple[Member, int, float]]], list[str | None]]
-"""[(member, updates done, principal metric)] evaluated at one time -> for each, why it stops here;
-None: it goes on."""
 Done = Callable[[Member, dict[str, Any]], None]
 
 
@@ -32,7 +30,7 @@ class Trainer:
       program: members come and go in its slots.
       folder: of a member's workdir.
       done: told of each member's result as soon as it is written.
-      base: metrics of the base model, which every member's result repeats.
+      base: a member's metrics of the base model, which its result repeats.
       stopper: of a search; asked at each evaluation but the last.
       progress: told after each step, with the number of live slots.
     """
@@ -44,8 +42,8 @@ class Trainer:
         *,
         folder: Callable[[Member], Path],
         done: Done,
-        base: dict[str, float],
-        stopper: Stopper | None = None,
+        base: Callable[[Member], dict[str, float]],
+        stopper: Halving | None = None,
         progress: Callable[[int], None] = lambda live: None,
     ):
         self.program, self.bench = program, program.bench
@@ -98,6 +96,11 @@ class Trainer:
         self._states = self.program.put(self._states, index, padded)
         if slot.last:  # killed after its last checkpoint, before its result
             self._end([index])
+        elif self._stopper is not None:  # killed between a rung's evaluation and its verdict
+            stopped = self._stopper.recalled(member, slot.step)
+            if stopped is not None:
+                reason, value = stopped
+                self._free(index, slot.abandon(reason, {self.bench.task.principal: value}))
 
     def _step(self) -> None:
         began = time.perf_counter()
@@ -199,8 +202,9 @@ class Trainer:
         for index, metrics, forgot in zip(indices, found, general, strict=True):
             slot = self._at(index)
             state = self._own(index)
+            base = self._base(slot.member)
             extra = {"slots": self.program.shape.slots, "best_step": slot.checkpoints.best}
-            metrics = {**again.get(index, metrics), **forgot, **self._base}
+            metrics = {**again.get(index, metrics), **forgot, **base}
             self._free(index, slot.finish(state.trainable, metrics, extra))
 
     def _general(self, indices: list[int]) -> list[dict[str, float]]:

@@ -1,5 +1,6 @@
 """Which members share a program, and the searches, on shapes and numbers alone."""
 
+import dataclasses
 import itertools
 import json
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 from lora_jax.errors import UserError
 from lora_jax.sweeps import grid, padding, planner, search
+from lora_jax.sweeps.sweep import fastest, slot_counts
 
 
 def tree(rank):
@@ -172,7 +174,40 @@ def test_halving_keeps_the_best_of_each_rung(tiny_config, tmp_path):
     again = search.Halving(1, 3, higher_is_better=False)
     again.recall(members, tmp_path, "m")
     assert again.seen == {3: {members[0].name: 0.25}}
+    # Killed at a rung before its verdict: the member is judged when it comes back.
+    assert again.recalled(members[0], 3) is None and again.recalled(members[1], 3) is None
+    again.seen[3][members[1].name] = 0.1
+    reason, value = again.recalled(members[0], 3)
+    assert "2 of 2" in reason and value == 0.25
     with pytest.raises(UserError, match="eval_every"):
         search.Halving(2, 3, higher_is_better=False).check(
             grid.members(tiny_config(training={"steps": 9, "eval_every": 3}), [{}])
         )
+
+
+@dataclasses.dataclass
+class Timed:
+    """A program of so many slots, whose step takes so many seconds."""
+
+    slots: int
+    seconds: float
+    programs: int = 1
+
+    @property
+    def shape(self):
+        return self
+
+    def seconds_a_step(self):
+        return self.seconds
+
+
+def test_a_pack_has_as_many_slots_as_are_fastest():
+    assert list(slot_counts(18, 18, 1)) == [6, 2, 1]
+    assert list(slot_counts(16, 16, 1)) == [4, 1]  # not 5: the last round would have one member
+    assert list(slot_counts(16, 16, 4)) == [4] and list(slot_counts(3, 4, 4)) == []
+    programs = [Timed(18, 9.0), Timed(6, 2.0), Timed(2, 0.8), Timed(1, 0.1)]
+    best, seconds, probed = fastest(iter(programs), 18)
+    # 3 rounds of 6 take 6 s, 9 rounds of 2 take 7.2 s: no smaller one is tried.
+    assert (best.slots, seconds, probed) == (6, 6.0, 2)
+    best, seconds, probed = fastest(iter([Timed(18, 1.0), Timed(6, 0.5)]), 18)
+    assert (best.slots, seconds, probed) == (18, 1.0, 1)

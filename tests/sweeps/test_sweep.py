@@ -13,6 +13,7 @@ import pytest
 import tokenizers
 
 from lora_jax import cli
+from lora_jax.errors import UserError
 from lora_jax.sweeps import sweep
 from lora_jax.training.reports import read_metrics
 
@@ -215,3 +216,23 @@ def test_members_in_buckets_of_other_lengths(tmp_path, monkeypatch):
             for f in (tmp_path, sweep.folder)
         )
         np.testing.assert_allclose(packed, alone, rtol=1e-4)
+
+
+def test_examples_in_the_base_models_prompt_are_drawn_by_each_members_data(
+    tiny_config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sweep, "evaluate_base", lambda _, seed: ({"base_seed": seed}, []))
+    config = tiny_config(training={"steps": 1}, evaluation={"base_shots": (0, 1)})
+    seeds = {"data": [{"data.seed": 3}, {"data.seed": 5}]}
+    ran = sweep.Sweep(config, seeds, tmp_path, sweep.Options(mode="packed"), progress=False)
+    ran.run()
+    for member in ran.members:
+        result = json.loads((tmp_path / "members" / member.name / "result.json").read_text())
+        assert result["metrics"]["base_seed"] == member.experiment.data.seed
+
+
+def test_members_are_checked_as_single_runs_are(tiny_config, tmp_path):
+    config = tiny_config(training={"steps": 1, "keep": "best"})
+    ran = sweep.Sweep(config, {"seed": [{"seed": 0}]}, tmp_path, sweep.Options(), progress=False)
+    with pytest.raises(UserError, match="keep='best' needs training.eval_every"):
+        ran.run()
