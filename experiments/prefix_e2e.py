@@ -11,8 +11,9 @@ three epochs. The metrics need the extra `metrics`; METEOR needs Java.
 
 from typing import Any
 
+import smollm2_e2e
 from given_folders import e2e
-from lora_table3 import METRICS, small_rows
+from smollm2_e2e import METRICS
 
 from lora_jax.tables import Claim, Published, Row, Table, Trained
 from lora_jax.tables.presets import row
@@ -61,7 +62,7 @@ def _paper() -> Table:
             where = {"version": "ACL2021 Table 2", "model": model, "method": printed}
             for column, (metric, times) in METRICS.items():
                 cited = Published(PUBLISHED, where, COLUMNS[column], times)
-                work = Trained(_config(source, named), metric, {**overrides, **_settings(named)})
+                work = Trained(config(source, named), metric, {**overrides, **settings(named)})
                 rows.append(Row(label, column, work, cited))
     others = [c for c in row(PUBLISHED, version="ACL2021 Table 2", model="GPT-2 L", method="Prefix")
               if c.startswith(("WebNLG", "DART"))]  # fmt: skip
@@ -81,23 +82,24 @@ def _printed(named: str) -> dict[str, Any]:
     )
 
 
-def _config(model: str, named: str) -> str:
-    settings = _printed(named)
-    return e2e(model, steps=settings["epochs"] * PAIRS // settings["batch_size"])
+def config(model: str, named: str) -> str:
+    """Of a row of Table 5, or of the scripts: epochs and batch give the steps."""
+    printed = _printed(named)
+    return e2e(model, steps=printed["epochs"] * PAIRS // printed["batch_size"])
 
 
-def _settings(named: str) -> dict[str, object]:
+def settings(named: str) -> dict[str, object]:
     """Overrides of configs/e2e.py, which has the LoRA paper's."""
-    settings = _printed(named)
-    prefix = {"method.length": settings["prefix_length"], "method.hidden": settings["mid_dim"]}
+    printed = _printed(named)
+    prefix = {"method.length": printed["prefix_length"], "method.hidden": printed["mid_dim"]}
     return {
-        "optimizer.learning_rate": settings["lr"],
-        "optimizer.weight_decay": settings["weight_decay"],
-        "optimizer.warmup_steps": settings["warmup_steps"],
-        "optimizer.clip_norm": settings["clip_norm"], "training.label_smoothing": 0.0,
-        "data.batch_size": settings["batch_size"],
-        "evaluation.num_beams": settings["num_beams"],
-        "evaluation.max_new_tokens": settings["max_new_tokens"],
+        "optimizer.learning_rate": printed["lr"],
+        "optimizer.weight_decay": printed["weight_decay"],
+        "optimizer.warmup_steps": printed["warmup_steps"],
+        "optimizer.clip_norm": printed["clip_norm"], "training.label_smoothing": 0.0,
+        "data.batch_size": printed["batch_size"],
+        "evaluation.num_beams": printed["num_beams"],
+        "evaluation.max_new_tokens": printed["max_new_tokens"],
         "evaluation.length_penalty": 1.0, "evaluation.no_repeat_ngram_size": 0,
         **(prefix if named in ("Prefix", SCRIPTS) else {}),
     }  # fmt: skip
@@ -109,13 +111,13 @@ def _small(scale: str) -> Table:
         f"Prefix, length {n}": ({"method.kind": "prefix_tuning", "method.length": n}, 3e-3)
         for n in LENGTHS
     } | {"FT": ({"method.kind": "full"}, 5e-5)}
-    rows = small_rows(arms, scale, pairs, ("BLEU", "ROUGE-L"))
+    rows = smollm2_e2e.rows(arms, scale, pairs, ("BLEU", "ROUGE-L"))
     claims = [Claim(f"SmolLM2 Prefix, length {n}", "SmolLM2 FT", "BLEU") for n in LENGTHS]
     if scale == "smoke":
         rows, claims = rows[:2], []
     return Table(
         f"Prefix-Tuning on E2E, {scale}: SmolLM2-135M on {pairs} pairs", tuple(rows),
         seeds=3 if scale == "small" else 1, claims=tuple(claims),
-        notes=("Another model and far less data than the paper's: no number is beside it.",),
+        notes=(smollm2_e2e.NOTE,),
         cost="about 50 minutes on 2 CPU cores",
     )  # fmt: skip

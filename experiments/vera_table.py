@@ -3,8 +3,7 @@
     lora-jax table experiments/vera_table.py --scale small --workdir runs/vera_table
 
 `paper`: parameters on RoBERTa's shapes; the accuracies stand as not run, since VeRA's learning
-rates and epochs are not among the published settings here (LoRA's rows are the LoRA paper's Table
-2).
+rates and epochs are not among the published settings here. LoRA's are run by lora_table2.py.
 `small`: VeRA, LoRA and full fine-tuning, MiniLM-L6 (extra `minilm`) on CoLA.
 """
 

@@ -270,7 +270,7 @@ def load_run(workdir: str | Path) -> tuple[Workbench, Any, Any]:
         raise UserError(f"{folder} is no workdir: it has no config.json")
     if not (folder / RESULT).exists():
         raise UserError(f"{folder} holds no result yet: finish `lora-jax run` first")
-    status = json.loads((folder / RESULT).read_text()).get("status", "finished")
+    status = json.loads((folder / RESULT).read_text())["status"]
     if status != "finished":
         raise UserError(f"{folder} holds no adapter: {status}")
     bench = Workbench(from_dict(json.loads((folder / "config.json").read_text())))

@@ -92,6 +92,20 @@ def tiny_config(tiny_base):
 
 
 @pytest.fixture
+def small_configs(tiny_base, tiny_mnist, tmp_path, monkeypatch) -> pathlib.Path:
+    """A folder, and the current one, with configs/ on tiny models and the real experiments/."""
+    import stand_ins
+
+    stand_ins.write(tmp_path, tiny_base / "base", tiny_mnist)
+    (tmp_path / "experiments").symlink_to(stand_ins.CONFIGS.parent / "experiments")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MNIST_DIR", str(tiny_mnist))
+    # What configs import from each other is the real ones; and the path is restored afterwards.
+    monkeypatch.syspath_prepend(str(stand_ins.CONFIGS))
+    return tmp_path
+
+
+@pytest.fixture
 def smoke_on_mnist(tiny_mnist, tmp_path, monkeypatch):
     """smoke_on_mnist("beyond_width") -> the table, filled in tmp_path/"runs" at smoke scale."""
     from lora_jax import tables

@@ -1,9 +1,10 @@
-"""Every command that README and docstrings show: its words are known and its config builds."""
+"""Every command that is shown somewhere is understood and its config builds; README's are run."""
 
 from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import re
 import shlex
 import sys
@@ -16,21 +17,40 @@ from lora_jax import cli, config, experiment, tables
 from lora_jax.sweeps import grid
 
 ROOT = Path(__file__).parents[1]
+BEGINS = re.compile(r"(?:[A-Z_]+=\S+ )*(lora-jax|python experiments/benchmark_)")
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
+INLINE = re.compile(r"`((?:[A-Z_]+=\S+ )*(?:lora-jax [^\s`]+ |python experiments/)[^`]+)`")
 
 
 def shown() -> list[tuple[str, str]]:
-    """(file, command) of all lines that begin with one, in README's blocks and in docstrings."""
-    texts = {"README.md": "\n".join(re.findall(r"```\n(.*?)```", _read("README.md"), re.S))}
-    for path in sorted([*ROOT.glob("configs/*.py"), *ROOT.glob("experiments/*.py")]):
-        name = str(path.relative_to(ROOT))
-        texts[name] = ast.get_docstring(ast.parse(path.read_text())) or ""
-    found = []
-    for name, text in texts.items():
-        for line in text.splitlines():
-            for part in line.split("&&"):
-                if re.match(r"\s*(lora-jax|python experiments/benchmark_)", part):
-                    found.append((name, part.strip()))
-    return found
+    """(file, command) of all that is shown."""
+    return [(name, command) for name, text in _texts().items() for command in commands(name, text)]
+
+
+def commands(name: str, text: str) -> list[str]:
+    """Lines that begin with one, of a docstring or a Markdown block; in Markdown between backticks."""
+    lines = text.splitlines()
+    if not name.endswith(".py"):
+        blocks = [block for kind, block in BLOCK.findall(text) if kind != "python"]
+        lines = [x for block in blocks for x in block.splitlines()] + INLINE.findall(text)
+    parts = [part.strip() for line in lines for part in line.split("&&")]
+    return [re.sub(r"^(?:[A-Z_]+=\S+ )+", "", part) for part in parts if BEGINS.match(part)]
+
+
+def _texts() -> dict[str, str]:
+    """All Markdown, notebooks' too, and all docstrings of the code, by file."""
+    texts = {name: _read(name) for name in ("README.md", "experiments/results/README.md")}
+    for path in sorted(ROOT.glob("notebooks/*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        told = ["".join(c["source"]) for c in cells if c["cell_type"] == "markdown"]
+        texts[str(path.relative_to(ROOT))] = "\n".join(told)
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    for folder in ("configs", "experiments", "lora_jax"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            said = [ast.get_docstring(x) or "" for x in nodes if isinstance(x, documented)]
+            texts[str(path.relative_to(ROOT))] = "\n".join(said)
+    return texts
 
 
 def _read(name: str) -> str:
@@ -38,7 +58,17 @@ def _read(name: str) -> str:
 
 
 def test_there_are_commands() -> None:
-    assert len(shown()) > 15
+    files = {file for file, _ in shown()}
+    assert len(shown()) > 50 and {"README.md", "configs/quickstart.py"} <= files
+    assert any(file.endswith(".ipynb") for file in files)
+
+
+def test_a_new_command_is_found() -> None:
+    text = "`lora-jax x`\n```python\nlora\n```\n```sh\ncd a && lora-jax run a.py --workdir w\n```\n"
+    text += "then `GLUE_DIR=… lora-jax table t.py --workdir t`"
+    found = ["lora-jax run a.py --workdir w", "lora-jax table t.py --workdir t"]
+    assert commands("a.md", text) == found
+    assert commands("a.py", "About.\n\n    lora-jax eval runs/q\n") == ["lora-jax eval runs/q"]
 
 
 @pytest.mark.parametrize(("file", "command"), shown())
@@ -59,6 +89,24 @@ def test_a_shown_command_is_understood(file: str, command: str, monkeypatch: Any
         assert grid.generators(args.config, args.only)
     if hasattr(args, "experiment"):
         assert tables.load(args.experiment, args.scale).rows
+
+
+def test_the_readmes_commands_run(small_configs: Path, capsys: Any) -> None:
+    """One after the other, as they stand there, on tiny models; tables at smoke scale."""
+    ran = []
+    for file, command in shown():
+        words = shlex.split(command, comments=True)
+        if file != "README.md" or words[0] != "lora-jax":
+            continue
+        if "--topology" in words and importlib.util.find_spec("libtpu") is None:
+            continue  # its compiler: see test_plan.py
+        words = ["smoke" if word == "small" else word for word in words[1:]]
+        assert cli.main(["--traceback", *words]) == 0, command
+        ran.append(words[0])
+    assert {"run", "sweep", "table", "analyze", "eval", "generate", "export", "merge"} <= set(ran)
+    assert (small_configs / "merged" / "model.safetensors").exists()
+    assert (small_configs / "runs" / "s" / "report.html").exists()
+    assert "| --- |" in capsys.readouterr().out  # the tables, as Markdown
 
 
 def _parse_script(words: list[str], monkeypatch: Any) -> None:

@@ -79,8 +79,3 @@ def _packed(
 def as_lora(method: LoRA) -> LoRA:
     """The LoRA with the same fields, of a method that has further ones."""
     return LoRA(**{f.name: getattr(method, f.name) for f in dataclasses.fields(LoRA)})
-
-
-def first_columns(method: LoRA, params: Any) -> dict[str, list[list[int]]]:
-    """The columns of a LoRA's own factors, by leaf path and layer: 0 … rank - 1."""
-    return {p: [list(range(r)) for r in ranks] for p, ranks in method.ranks(params).items()}

@@ -24,11 +24,12 @@ def markdown(filled: Filled) -> str:
 
 
 def latex(filled: Filled) -> str:
-    """A tabular with its footnotes under it (needs booktabs)."""
+    """A tabular with its claims and footnotes under it (needs booktabs and amssymb)."""
     cells, notes = _cells(filled)
     rows = [" & ".join(_tex(c) for c in row) + r" \\" for row in (_HEADER, *cells)]
     body = "\n".join([r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule"])
-    under = "\n\n".join(_tex(f"[{i}] {text}") for i, text in enumerate(notes, 1))
+    numbered = (f"[{i}] {text}" for i, text in enumerate(notes, 1))
+    under = "\n\n".join(map(_tex, (*_claims(filled), *numbered, _foot(filled))))
     columns = "ll" + "r" * (len(_HEADER) - 3) + "l"
     return (
         f"% {filled.table.title}\n\\begin{{tabular}}{{{columns}}}\n{body}\n\\end{{tabular}}\n\n"
@@ -188,11 +189,16 @@ def number(x: float | None) -> str:
     return f"{x:,.0f}" if abs(x) >= 1e4 else f"{x:.4g}"
 
 
+# What pdflatex takes for something else, or has no letter for. A "[" at the start of a row would be
+# an argument of the line break before it.
 _TEX = str.maketrans(
     {
         "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$",
-        "{": r"\{", "}": r"\}", "^": r"\^{}", "~": r"\~{}", "±": r"$\pm$", "−": "$-$", "–": "--",
-        "<": "$<$", ">": "$>$",
+        "{": r"\{", "}": r"\}", "^": r"\^{}", "~": r"\~{}", "[": "{[}", "±": r"$\pm$", "−": "$-$",
+        "–": "--", "<": "$<$", ">": "$>$", "|": r"\textbar{}", "·": r"$\cdot$", "×": r"$\times$",
+        "‖": r"$\Vert$", "√": r"$\surd$", "²": "$^2$", "ᵀ": r"$^\top$", "Δ": r"$\Delta$",
+        "λ": r"$\lambda$", "φ": r"$\varphi$", "ρ": r"$\rho$", "σ": r"$\sigma$", "≤": r"$\leq$", "≥": r"$\geq$",
+        "…": r"\dots{}", "→": r"$\to$",
     }
 )  # fmt: skip
 

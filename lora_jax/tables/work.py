@@ -95,7 +95,7 @@ class Trained:
             scored = [
                 (self._value(result, metric), at)
                 for at, member in enumerate(sweep.grid)
-                if (result := _result(sweep, member)).get("status", "finished") == "finished"
+                if (result := _result(sweep, member))["status"] == "finished"
             ]
             if not scored:  # that is what they gave, and they would give it again
                 spent = self._spent(folder, seconds)
@@ -112,7 +112,7 @@ class Trained:
         values, params = {}, None
         for seed, member in zip(seeds, sweep.grid, strict=True):
             result = _result(sweep, member)
-            if result.get("status", "finished") != "finished":
+            if result["status"] != "finished":
                 continue
             values[seed], params = self._value(result, metric), result["trainable_params"]
         reason = "" if values else "every run diverged"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import warnings
 
 import jax
 import numpy as np
 import pytest
+from peft_models import BERT, GPT2, LLAMA, TOKENS, fresh
 from safetensors.numpy import load_file
 from test_peft import same, trained, without_header
 
@@ -19,11 +19,6 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
-BERT = {**SIZES, "intermediate_size": 24, "max_position_embeddings": 20, "pad_token_id": 1}
-LLAMA = {**SIZES, "intermediate_size": 24, "num_key_value_heads": 2, "pad_token_id": 0}
-GPT2 = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 20,
-        "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}  # fmt: skip
 CLASSES = {
     "bert": (transformers.BertForSequenceClassification, transformers.BertConfig, BERT),
     "roberta": (transformers.RobertaForSequenceClassification, transformers.RobertaConfig, BERT),
@@ -32,29 +27,8 @@ CLASSES = {
     "gpt2": (transformers.GPT2ForSequenceClassification, transformers.GPT2Config, GPT2),
     "bert bare": (transformers.BertModel, transformers.BertConfig, BERT),
 }  # fmt: skip
-TOKENS = np.arange(14, dtype=np.int32).reshape(2, 7) * 5 % 31 + 3
-
-
-@pytest.fixture(autouse=True)
-def libraries_may_warn():
-    # PEFT and transformers warn about each other's ageing names; that is not what is tested.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def fresh(kind, folder):
-    """(transformers' model, ours, parameters), from a folder that transformers wrote."""
-    cls, config, sizes = CLASSES[kind]
-    if not folder.exists():
-        torch.manual_seed(0)
-        options = {"num_labels": 3} if "Sequence" in cls.__name__ else {}
-        model = cls(config(**sizes, **options))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        model.save_pretrained(folder)
-    return cls.from_pretrained(folder).eval(), *lj.load_pretrained(folder)
+# PEFT and transformers warn of each other's ageing names; that is not what is tested.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def theirs(model):
@@ -96,7 +70,7 @@ FROM = {
 @pytest.mark.parametrize("case", FROM)
 def test_from_peft_and_back(tmp_path, case):
     kind, options = FROM[case]
-    base, model, params = fresh(kind, tmp_path / "base")
+    base, model, params = fresh(CLASSES[kind], tmp_path / "base")
     adapted = peft.get_peft_model(base, peft.LoraConfig(r=3, lora_alpha=6, **options))
     with torch.no_grad():
         for parameter in adapted.parameters():
@@ -109,7 +83,8 @@ def test_from_peft_and_back(tmp_path, case):
     method, trainable = load_adapter(tmp_path / "theirs", model, params)
     close(ours(model, method, params, trainable), want)
     save_adapter(tmp_path / "ours", model, method, trainable, params=params)
-    back = peft.PeftModel.from_pretrained(fresh(kind, tmp_path / "base")[0], tmp_path / "ours")
+    again = fresh(CLASSES[kind], tmp_path / "base")[0]
+    back = peft.PeftModel.from_pretrained(again, tmp_path / "ours")
     close(theirs(back), want)
     # What we write are PEFT's own names and shapes.
     names = [
@@ -148,7 +123,7 @@ TO = {
 @pytest.mark.parametrize("case", TO)
 def test_to_peft(tmp_path, case):
     kind, method, task = TO[case]
-    base, model, params = fresh(kind, tmp_path / "base")
+    base, model, params = fresh(CLASSES[kind], tmp_path / "base")
     trainable = jax.tree.map(lambda x: 0.3 * x, trained(method, params))
     save_adapter(tmp_path / "ours", model, method, trainable, params=params)
     config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())

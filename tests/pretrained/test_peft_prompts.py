@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
-import warnings
 
 import jax
 import numpy as np
 import pytest
+from peft_models import BERT, GPT2, LLAMA, TOKENS, fresh
 from safetensors.numpy import load_file
 
 import lora_jax as lj
@@ -21,44 +21,18 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
-BERT = {**SIZES, "intermediate_size": 24, "max_position_embeddings": 20, "pad_token_id": 1}
-LLAMA = {**SIZES, "intermediate_size": 24, "num_key_value_heads": 2, "pad_token_id": 0}
-GPT2 = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 20,
-        "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}  # fmt: skip
 CLASSES = {
     "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, LLAMA),
     "gpt2": (transformers.GPT2LMHeadModel, transformers.GPT2Config, GPT2),
     "llama head": (transformers.LlamaForSequenceClassification, transformers.LlamaConfig, LLAMA),
     "bert": (transformers.BertForSequenceClassification, transformers.BertConfig, BERT),
 }
-TOKENS = np.arange(14, dtype=np.int32).reshape(2, 7) * 5 % 31 + 3
 PREFIX = (peft.PrefixTuningConfig, {"num_virtual_tokens": 3})
 MLP = (peft.PrefixTuningConfig, {"num_virtual_tokens": 3, "prefix_projection": True,
                                  "encoder_hidden_size": 5})  # fmt: skip
 PROMPT = (peft.PromptTuningConfig, {"num_virtual_tokens": 3})
-
-
-@pytest.fixture(autouse=True)
-def libraries_may_warn():
-    # PEFT and transformers warn about each other's ageing names; that is not what is tested.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def fresh(kind, folder):
-    """(transformers' model, ours, parameters), from a folder that transformers wrote."""
-    cls, config, sizes = CLASSES[kind]
-    if not folder.exists():
-        torch.manual_seed(0)
-        options = {"num_labels": 3} if "Sequence" in cls.__name__ else {}
-        model = cls(config(**sizes, **options))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        model.save_pretrained(folder)
-    return cls.from_pretrained(folder).eval(), *lj.load_pretrained(folder)
+# PEFT and transformers warn of each other's ageing names; that is not what is tested.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def theirs(model, ahead=0):
@@ -101,7 +75,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_from_peft_and_back(tmp_path, case):
     kind, (cls, options), task = CASES[case]
-    base, model, params = fresh(kind, tmp_path / "base")
+    base, model, params = fresh(CLASSES[kind], tmp_path / "base")
     adapted = peft.get_peft_model(base, cls(task_type=task, **options)).eval()
     with torch.no_grad():
         for parameter in adapted.parameters():
@@ -110,14 +84,15 @@ def test_from_peft_and_back(tmp_path, case):
     adapted.save_pretrained(tmp_path / "theirs")
     ahead = 3 if "prompt" in case else 0
     want = theirs(adapted, ahead)
-    assert np.abs(want - theirs(fresh(kind, tmp_path / "base")[0])).max() > 0.01
+    assert np.abs(want - theirs(fresh(CLASSES[kind], tmp_path / "base")[0])).max() > 0.01
     if case == "prefix, llama":
         params = partition.split_stacks(params, {"layers": [1]})
     method, trainable = load_adapter(tmp_path / "theirs", model, params)
     assert type(method) is (PromptTuning if ahead else PrefixTuning)
     close(ours(model, method, params, trainable), want)
     save_adapter(tmp_path / "ours", model, method, trainable, params=params)
-    back = peft.PeftModel.from_pretrained(fresh(kind, tmp_path / "base")[0], tmp_path / "ours")
+    again = fresh(CLASSES[kind], tmp_path / "base")[0]
+    back = peft.PeftModel.from_pretrained(again, tmp_path / "ours")
     close(theirs(back.eval(), ahead), want)
     names = [
         {n: x.shape for n, x in load_file(tmp_path / who / "adapter_model.safetensors").items()}
@@ -130,7 +105,7 @@ def test_from_peft_and_back(tmp_path, case):
 
 
 def test_what_training_alone_needed_is_not_saved(tmp_path):
-    _, model, params = fresh("gpt2", tmp_path / "base")
+    _, model, params = fresh(CLASSES["gpt2"], tmp_path / "base")
     method = PrefixTuning(length=2, hidden=4)
     trainable = method.init(jax.random.key(0), params)
     save_adapter(tmp_path / "ours", model, method, trainable)
@@ -142,7 +117,7 @@ def test_what_training_alone_needed_is_not_saved(tmp_path):
 
 
 def test_p_tuning_v2_is_found_again_and_a_prompt_before_an_encoder_is_our_own(tmp_path):
-    _, model, params = fresh("bert", tmp_path / "base")
+    _, model, params = fresh(CLASSES["bert"], tmp_path / "base")
     for method in (PTuningV2(length=2), PromptTuning(length=2, train=("^head/",))):
         trainable = method.init(jax.random.key(0), params)
         save_adapter(tmp_path / method.name, model, method, trainable, params=params)
@@ -158,10 +133,10 @@ def test_p_tuning_v2_is_found_again_and_a_prompt_before_an_encoder_is_our_own(tm
 
 
 def test_files_that_do_not_fit_say_so(tmp_path):
-    _, model, params = fresh("gpt2", tmp_path / "base")
+    _, model, params = fresh(CLASSES["gpt2"], tmp_path / "base")
     method = PrefixTuning(length=2, hidden=0)
     save_adapter(tmp_path / "a", model, method, method.init(jax.random.key(0), params))
-    _, other, wrong = fresh("llama", tmp_path / "other")
+    _, other, wrong = fresh(CLASSES["llama"], tmp_path / "other")
     with pytest.raises(lj.UserError, match="columns"):
         load_adapter(tmp_path / "a", other, wrong, force=True)
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())

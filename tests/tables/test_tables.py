@@ -254,7 +254,9 @@ def test_forms(tmp_path: Path) -> None:
     assert "not run: no such model here" in text and "(formula 12)" in text
     assert "a & b − c, d90: 9 (one seed: no interval)" in text
     assert "1. the same for all" in text and text.count("published: Li 1804.08838") == 1
-    assert r"a \& b & d90" in (tmp_path / "out" / "name.tex").read_text()
+    tex = (tmp_path / "out" / "name.tex").read_text()
+    assert r"a \& b & d90" in tex and "a \\& b $-$ c, d90: 9 (one seed" in tex
+    assert "\n\n{[}1] the same for all\n" in tex and "Declared cost: a second or $<$ 2;" in tex
     assert "a &amp; b" in (tmp_path / "out" / "name.html").read_text()
     assert "Declared cost: a second or < 2; computing took 0.0 minutes." in text
     assert "Declared cost: a second or &lt; 2;" in (tmp_path / "out" / "name.html").read_text()
@@ -327,15 +329,24 @@ def table(scale):
 )
 @pytest.mark.parametrize("scale", ["smoke", "small", "paper"])
 def test_every_table_is_well_formed(path: Path, scale: str) -> None:
-    """Its published numbers are found; what it would run is a config that builds."""
+    """Its published numbers are found; what it would run is a config that builds; LaTeX can say it."""
     from lora_jax import config as configs
     from lora_jax.experiment import from_dict, to_dict
     from lora_jax.sweeps import grid
 
-    for row in tables.load(str(path), scale).rows:
+    table = tables.load(str(path), scale)
+    said = [table.title, *table.notes]
+    for row in table.rows:
+        said += [row.row, row.metric, *row.notes]
+        if isinstance(row.work, tables.NotRun):
+            said.append(row.work.reason)
         if row.published is not None:
-            assert math.isfinite(row.published.look_up().value)
+            cited = row.published.look_up()
+            assert math.isfinite(cited.value) and cited.status and cited.source
+            said += [cited.source, cited.notes]
         if isinstance(row.work, tables.Trained):
             base = to_dict(from_dict(configs.load_file(row.work.config)))
             for one in row.work.grid or [{}]:
                 from_dict(grid.assign_all(base, {**row.work.overrides, **one}))
+    # Letters of Latin alphabets are pdflatex's own.
+    assert {c for c in render._tex("".join(said)) if ord(c) >= 0x180} == set()
