@@ -34,6 +34,7 @@ TOKENS = np.arange(14, dtype=np.int32).reshape(2, 7) * 5 % 32
 SOME = (r"attention/query$", r"layers/1/mlp/down$")
 CASES = {
     "dora": ALL["dora"](rank=((r"query", 3), (".*", 2)), alpha=4.0, targets=SOME),
+    "dora, embedding": ALL["dora"](rank=2, targets=(*SOME, r"^embed$")),
     "dora, whole": ALL["dora"](rank=2, train=(r"^head/kernel$",)),
     "vera": ALL["vera"](rank=5, targets=SOME, d_initial=0.3),
     "ia3": ALL["ia3"](targets=(r"attention/(key|value)$", r"mlp/down$")),
@@ -208,6 +209,8 @@ PEFT_CONFIGS = {
                                       "modules_to_save": ["lm_head"], "decompose_factor": 2}),
     "adalora": (peft.AdaLoraConfig, {"target_modules": ["q_proj", "up_proj"], "init_r": 3,
                                      "target_r": 2, "total_step": 9, "lora_alpha": 5}),
+    "dora, embedding": (peft.LoraConfig, {"target_modules": ["q_proj", "embed_tokens"], "r": 3,
+                                          "use_dora": True}),
     "adalora, pruned": (peft.AdaLoraConfig, {"target_modules": ["q_proj"], "init_r": 3,
                                              "target_r": 2, "total_step": 9}),
 }  # fmt: skip
@@ -254,6 +257,7 @@ def test_what_peft_does_not_have(tmp_path):
         ("loha", {"module_dropout": 0.1}, "module_dropout=0.1"),
         ("ia3", {"target_modules": ["k_proj"]}, "is not in target_modules, and in the file"),
         ("vera", {"some_new_option": 3}, "some_new_option=3"),
+        ("ia3", {"modules_to_save": ["lm_head"]}, "lm_head.weight, of modules_to_save, is not in"),
     ],
 )
 def test_what_is_not_understood_is_refused(tmp_path, name, change, match):

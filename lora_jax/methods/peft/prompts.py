@@ -13,7 +13,7 @@ from lora_jax import partition
 from lora_jax.errors import UserError, nearest
 from lora_jax.methods.peft.patterns import regexes
 from lora_jax.methods.peft.protocol import PREFIX, AdapterFiles, ModelNames, NoPeftForm
-from lora_jax.methods.peft.targets import short_names
+from lora_jax.methods.peft.targets import is_kept, short_names
 from lora_jax.methods.peft.whole import add_whole
 
 ROWS = "prompt_embeddings"
@@ -94,6 +94,10 @@ def read(files: AdapterFiles, names: ModelNames, params: Any) -> Stored:
                 f"{nearest(tensor, names.ours)}"
             )
         found[names.ours[tensor]] = value.T if names.transposed[tensor] else value
+    for module, ends in names.modules.items():
+        for tensor in [f"{module}.{x}" for x in ends if is_kept(files.config, module)]:
+            if names.ours[tensor] not in found:
+                raise UserError(f"{files.where}: {tensor}, of modules_to_save, is not in the file")
     train = tuple(regexes(found, list(names.theirs)))
     return Stored(rows.astype(np.float32), _leaves(found, params, files.where), train)
 
