@@ -306,7 +306,7 @@ def test_relora_merges_without_changing_the_function():
         x for path, x in jax.tree_util.tree_leaves_with_path(states[-1].opt_state)
         if getattr(path[-1], "key", "") == "b"
     ]  # fmt: skip
-    assert moments and all(np.count_nonzero(x) <= 0.01 * x.size + 1 for x in moments)
+    assert moments and all(np.count_nonzero(x) <= L for x in moments)  # one a layer
     sizes = [x.shape for x in jax.tree.leaves(states[-1].opt_state)]
     assert (L, 6, 6) not in sizes  # no moments of what is merged
 

@@ -13,6 +13,7 @@ from test_peft import same, trained, without_header
 
 import lora_jax as lj
 from lora_jax import partition
+from lora_jax.methods import METHODS
 from lora_jax.pretrained import load_adapter, save_adapter
 
 torch = pytest.importorskip("torch")
@@ -151,8 +152,10 @@ def test_fused_modules_of_other_methods(tmp_path, name):
     method, trainable = load_adapter(tmp_path / "theirs", model, params)
     close(ours(model, method, params, trainable), want)
     if name == "ia3":  # and back, the query's gain being one
-        method = lj.methods.METHODS["ia3"]()
-        trainable = jax.tree.map(lambda x: x + 0.1 * x.shape[-1], method.init(None, params))
+        method, trainable = METHODS["ia3"](), {}
+        for i, (path, x) in enumerate(method.init(jax.random.key(0), params).items()):
+            slope = 0.01 * (i + 1) * np.arange(x["l"].shape[-1], dtype=np.float32)
+            trainable[path] = {"l": x["l"] + slope[None]}
         save_adapter(tmp_path / "ours", model, method, trainable, params=params)
         want = ours(model, method, params, trainable)
         back = peft.PeftModel.from_pretrained(base.from_pretrained(tmp_path / "base"),

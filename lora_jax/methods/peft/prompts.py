@@ -19,6 +19,13 @@ from lora_jax.methods.peft.whole import add_whole
 ROWS = "prompt_embeddings"
 # Here PEFT does not wrap the base: its tensors lack one part of the usual prefix.
 _PREFIX = "base_model."
+_KNOWN = {
+    "auto_mapping", "base_model_name_or_path", "encoder_hidden_size", "inference_mode",
+    "init_weights", "modules_to_save", "num_attention_heads", "num_layers",
+    "num_transformer_submodules", "num_virtual_tokens", "peft_type", "peft_version",
+    "prefix_projection", "prompt_tuning_init", "prompt_tuning_init_text", "revision", "task_type",
+    "token_dim", "tokenizer_kwargs", "tokenizer_name_or_path",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +79,17 @@ def _with_parents(names: ModelNames) -> set[str]:
 def read(files: AdapterFiles, names: ModelNames, params: Any) -> Stored:
     """The rows and the whole leaves of PEFT's files.
 
-    Raises UserError for tensors that do not belong, and for a module that is only there in part.
+    Raises UserError for an option that is not implemented, for tensors that do not belong, and for
+    a module that is not there, or only in part.
     """
+    odd = [f"{k}={v!r}" for k, v in sorted(files.config.items()) if v and k not in _KNOWN]
+    if (files.config.get("num_transformer_submodules") or 1) != 1:
+        odd.append("num_transformer_submodules above 1 (encoder and decoder)")
+    if odd:
+        raise UserError(
+            f"{files.where} uses options that are not implemented here: {'; '.join(odd)}. A prompt "
+            "cannot be merged: use it with PEFT"
+        )
     tensors = dict(files.tensors)
     rows = tensors.pop(ROWS, None)
     if rows is None or rows.ndim != 2:
