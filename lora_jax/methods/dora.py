@@ -90,8 +90,8 @@ class DoRA(LoRA):
                 if rank:
                     module = peft.protocol.hf_name(names, ours).rpartition(".")[0]
                     magnitudes[module] = row
-        if any(m in names.embeddings for m in magnitudes):
-            raise peft.NoPeftForm("PEFT's DoRA of an embedding has magnitudes for its rows")
+        if names.tied and names.tied_embedding in magnitudes:
+            raise peft.NoPeftForm("PEFT's DoRA of a head has magnitudes of its own, also if tied")
         for module, members in fused.parts(names.modules).items():
             there = [p for p in members if p in magnitudes]
             if there and len(there) < len(members):
@@ -124,6 +124,7 @@ class DoRA(LoRA):
             members = whole.get(module, [module])
             found |= dict(zip(members, np.split(value.reshape(-1), len(members)), strict=True))
         like = jax.eval_shape(lambda: method.init(jax.random.key(0), params))
+        unused = set(found)
         for leaf, ranks in method.ranks(params).items():
             wanted, rows = like[leaf]["m"], []
             stacked = partition.stack_of(leaf) is not None
@@ -136,6 +137,13 @@ class DoRA(LoRA):
                         f"({module}{_MAGNITUDE})"
                     )
                 rows.append(found[module] if rank else np.zeros(size, np.float32))
+                unused.discard(module)
             m = jnp.asarray(np.stack(rows) if stacked else rows[0], wanted.dtype)
             trainable[leaf] = {**trainable[leaf], "m": m}
+        if unused:
+            raise UserError(
+                f"{files.where} has magnitudes of {', '.join(sorted(unused)[:4])}, which it does "
+                "not adapt otherwise in this model: merge it with PEFT (merge_and_unload, "
+                "save_pretrained) and load the merged model"
+            )
         return method, trainable

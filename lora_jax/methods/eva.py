@@ -120,6 +120,14 @@ class EVA(LoRA):
             found[path][layer] += 1
         return {p: layers for p, layers in found.items() if any(layers)}
 
+    def _parameters(self, path: str, leaf: Any, ranks: list[int]) -> int:
+        if max(ranks) > leaf.shape[-2]:
+            raise UserError(
+                f"rank {max(ranks)} at {path!r}, whose inputs vary along {leaf.shape[-2]} "
+                "directions at most: choose a smaller rank"
+            )
+        return super()._parameters(path, leaf, ranks)
+
     def init(self, key: jax.Array, params: Any) -> base.Trainable:
         trainable = super().init(key, params)
         for path, a in (self._start or {}).items():

@@ -69,8 +69,14 @@ class GaLore(FullFineTuning):
         found = []
         for path, x in tree.items():
             stacked = partition.stack_of(path) is not None
-            hit = any(partition.matches(p, e) for p in patterns for e in partition.expand(path))
-            if hit and x.ndim - stacked == 2 and min(x.shape[-2:]) > self.rank:
+            layers = partition.expand(path)
+            hits = [any(partition.matches(p, e) for p in patterns) for e in layers]
+            if any(hits) and not all(hits):
+                raise UserError(
+                    f"targets: {path!r} is one stack, whose layers are all projected or none: "
+                    "match them all, or cut it with lora_jax.partition.split_stacks"
+                )
+            if all(hits) and x.ndim - stacked == 2 and min(x.shape[-2:]) > self.rank:
                 found.append(path)
         return found
 

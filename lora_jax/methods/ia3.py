@@ -55,11 +55,14 @@ class IA3(base.Method):
         """The LoRA of the same targets: it knows which leaves they are."""
         return LoRA(rank=1, targets=self.targets, train=self.train, layouts=self.layouts)
 
+    def _feedforward(self) -> tuple[str, ...]:
+        patterns = self.feedforward
+        return tuple(p for p in ((patterns,) if isinstance(patterns, str) else patterns) if p)
+
     def _inner(self, path: str) -> bool:
         """Whether it is the leaf's inputs that are rescaled."""
-        one = isinstance(self.feedforward, str)
-        patterns: Any = (self.feedforward,) if one else self.feedforward
-        hits = {any(partition.matches(p, e) for p in patterns if p) for e in partition.expand(path)}
+        patterns = self._feedforward()
+        hits = {any(partition.matches(p, e) for p in patterns) for e in partition.expand(path)}
         if len(hits) > 1:
             raise UserError(
                 f"feedforward: {path!r} is one stack, so all its layers or none rescale inputs"
@@ -74,6 +77,9 @@ class IA3(base.Method):
 
     def live(self, params: Any) -> dict[str, np.ndarray]:
         """1 for the layers that are rescaled, else 0, by leaf path."""
+        if self.feedforward != IA3.feedforward:  # the default is for models that have an mlp/down
+            every = [e for p in partition.flatten(params) for e in partition.expand(p)]
+            partition.check_patterns(self._feedforward(), every, "feedforward")
         found = {}
         for path, ranks in self._finder().ranks(params).items():
             on = np.asarray(ranks, np.float32)
@@ -155,7 +161,7 @@ class IA3(base.Method):
             "peft_type": "IA3", "fan_in_fan_out": False,
             "feedforward_modules": short_names(inner, list(names.modules)),
         }  # fmt: skip
-        return parts.write(names, held, on, whole, params, config)
+        return parts.write(names, held, on, whole, params, config, gain=_PART)
 
     @classmethod
     def from_peft(

@@ -13,7 +13,7 @@ import numpy as np
 from lora_jax import partition
 from lora_jax.errors import UserError
 from lora_jax.methods import base, looking
-from lora_jax.methods.offset import Offset, Starts, as_factors, matrices
+from lora_jax.methods.offset import Offset, Starts, as_factors, check_rank, matrices
 from lora_jax.tensors.base import is_weight
 from lora_jax.tensors.summed import Summed
 
@@ -34,6 +34,7 @@ class LoRAGA(Offset):
     """
 
     trains: ClassVar[str] = "A and B, from W's gradient"
+    _each: ClassVar[int] = 2
     _start: ClassVar[Starts | None] = None
 
     batches: int = 1
@@ -72,10 +73,9 @@ class LoRAGA(Offset):
     ) -> dict[str, jax.Array]:
         """A layer of rank r takes its gradient's first 2r singular vectors."""
         layout, widest = self.layout(path, leaf), max(ranks)
+        check_rank(path, leaf, layout, widest, self._each)
         g = np.asarray(matrices(gradient, layout))
         u, _, vt = np.linalg.svd(g, full_matrices=False)
-        if 2 * widest > vt.shape[-2]:
-            raise UserError(f"LoRA-GA at {path!r} takes 2·{widest} of {vt.shape[-2]} directions")
         c = g.shape[-1] ** 0.25 / self.gamma**0.5
         layers = len(ranks)
         u = u.reshape(layers, -1, *u.shape[-2:])

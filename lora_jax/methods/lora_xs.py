@@ -49,8 +49,8 @@ class LoRAXS(LoRA):
         flat, found = partition.flatten(params), {}
         for path, ranks in self.ranks(params).items():
             layout, r = self.layout(path, flat[path]), max(ranks)
+            check_rank(path, flat[path], layout, r)
             w = matrices(flat[path], layout)
-            check_rank(path, w, r)
             u, s, vt = jnp.linalg.svd(w, full_matrices=False)
             # Only the signs of singular vectors are free, and R depends on them: fix them, so
             # that another machine's decomposition gives the same A and B.
@@ -86,7 +86,9 @@ class LoRAXS(LoRA):
         raise UserError("LoRA-XS cannot be unmerged: keep the base's parameters")
 
     def _parameters(self, path: str, leaf: Any, ranks: list[int]) -> int:
-        batch = self.layout(path, leaf).sizes(tuple(leaf.shape), "b")
+        layout = self.layout(path, leaf)
+        check_rank(path, leaf, layout, max(ranks))
+        batch = layout.sizes(tuple(leaf.shape), "b")
         return sum(r * r for r in ranks) * (math.prod(batch) // len(ranks))
 
     def to_lora(self, params: Any, trainable: base.Trainable) -> tuple[LoRA, base.Trainable]:

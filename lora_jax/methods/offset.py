@@ -32,6 +32,8 @@ class Offset(LoRA):
     numeric: ClassVar[tuple[str, ...]] = ("rank", "alpha", "targets", "scaling", "dropout")
     # Zero columns beside zero rows stay so, whatever the other columns start from.
     padding_exact: ClassVar[bool] = True
+    # Columns of its decomposition that a column of A takes.
+    _each: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,6 +68,11 @@ class Offset(LoRA):
         flat = partition.flatten(tree)
         new = {p: _offset(flat[p], start) for p, start in numbers["start"].items()}
         return partition.replace(tree, new)
+
+    def _parameters(self, path: str, leaf: Any, ranks: list[int]) -> int:
+        # Also where nothing is decomposed yet, so that `match_budget` knows where ranks end.
+        check_rank(path, leaf, self.layout(path, leaf), max(ranks), self._each)
+        return super()._parameters(path, leaf, ranks)
 
     def unmerge(self, merged: Any, trainable: base.Trainable) -> Any:
         """UserError: A0 and B0 are those of W, and cannot be had from what it became."""
@@ -149,11 +156,15 @@ def as_factors(a: jax.Array, b: jax.Array, leaf: Any, layout: Any, ranks: list[i
     return {"a": a.reshape(*batch, *ins, r), "b": b.reshape(*batch, r, *outs)}
 
 
-def check_rank(path: str, matrix: jax.Array, rank: int) -> None:
-    """UserError where a decomposition of the matrices has fewer columns than the rank."""
-    most = min(matrix.shape[-2:])
-    if rank > most:
-        raise UserError(f"rank {rank} at {path!r}, whose decomposition has only {most} columns")
+def check_rank(path: str, leaf: Any, layout: Any, rank: int, each: int = 1) -> None:
+    """UserError where a decomposition of the leaf's matrices has fewer than each·rank columns."""
+    shape = tuple(leaf.shape)
+    most = min(int(np.prod(layout.sizes(shape, k))) for k in "io")
+    if each * rank > most:
+        raise UserError(
+            f"rank {rank} at {path!r}, whose decomposition has only {most} columns: choose "
+            f"{most // each} or less, or leave it out of targets"
+        )
 
 
 def _offset(leaf: LowRank, start: Mapping[str, jax.Array]) -> LowRank:

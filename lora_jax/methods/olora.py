@@ -28,8 +28,8 @@ class OLoRA(Offset):
         found = {}
         for path, ranks in self.ranks(params).items():
             layout, r = self.layout(path, flat[path]), max(ranks)
+            check_rank(path, flat[path], layout, r)
             w = matrices(flat[path], layout)
-            check_rank(path, w, r)
             q, upper = jnp.linalg.qr(jnp.swapaxes(w, -1, -2))
             found[path] = as_factors(
                 jnp.swapaxes(upper[..., :r, :], -1, -2), jnp.swapaxes(q[..., :, :r], -1, -2),

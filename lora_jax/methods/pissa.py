@@ -29,8 +29,8 @@ class PiSSA(Offset):
         found = {}
         for path, ranks in self.ranks(params).items():
             layout, r = self.layout(path, flat[path]), max(ranks)
+            check_rank(path, flat[path], layout, r)
             w = matrices(flat[path], layout)
-            check_rank(path, w, r)
             u, s, vt = jnp.linalg.svd(w, full_matrices=False)
             root = jnp.sqrt(s[..., :r] / per_layer(scales[path], s))
             found[path] = as_factors(

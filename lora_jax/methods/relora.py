@@ -140,15 +140,19 @@ class ReLoRA(LoRA):
             trainable[path] = {**fresh, "delta": value["delta"] + update}
         factors = {p for p, v in trainable.items() if _has_delta(v)}
         opt_state = jax.tree_util.tree_map_with_path(
-            lambda path, x: self._pruned(x) if _is_moment(path, factors) else x, state.opt_state
+            lambda path, x: self._pruned(path, x) if _is_moment(path, factors) else x,
+            state.opt_state,
         )
         return state.replace(trainable=trainable, opt_state=opt_state)
 
-    def _pruned(self, x: jax.Array) -> jax.Array:
+    def _pruned(self, path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         if self.prune == 1.0:
             return jnp.zeros_like(x)
+        # Each layer by itself, however the stack is cut, as where layers are tensors of their own.
+        axes = tuple(range(partition.stack_of(path[-2].key) is not None, x.ndim))
         size = jnp.abs(x)
-        return jnp.where(size > jnp.quantile(size, self.prune), x, jnp.zeros_like(x))
+        least = jnp.quantile(size, self.prune, axis=axes, keepdims=True)
+        return jnp.where(size > least, x, jnp.zeros_like(x))
 
 
 def _has_delta(value: Any) -> bool:

@@ -58,6 +58,15 @@ def test_the_size_is_the_best_of_all(name, bert):
             count(smallest - 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "largest"), [("pissa", 24), ("olora", 24), ("lora_xs", 24), ("lora_ga", 12),
+                          ("eva", 24), ("ft_top", 6)],
+)  # fmt: skip
+def test_more_than_the_largest_size_gives_the_largest(name, largest, bert):
+    """Matrices of 24 by 24 have no more directions, and the model no more layers."""
+    assert lj.match_budget(METHODS[name](), bert, 10**9) == largest
+
+
 def test_published_budgets():
     """LoRA on query and value in tables 2 and 4 of its paper: parameters in millions, and r."""
     for d, layers, millions, rank in (

@@ -208,6 +208,8 @@ PEFT_CONFIGS = {
                                       "modules_to_save": ["lm_head"], "decompose_factor": 2}),
     "adalora": (peft.AdaLoraConfig, {"target_modules": ["q_proj", "up_proj"], "init_r": 3,
                                      "target_r": 2, "total_step": 9, "lora_alpha": 5}),
+    "dora, embedding": (peft.LoraConfig, {"target_modules": ["q_proj", "embed_tokens"], "r": 3,
+                                          "use_dora": True}),
     "adalora, pruned": (peft.AdaLoraConfig, {"target_modules": ["q_proj"], "init_r": 3,
                                              "target_r": 2, "total_step": 9}),
 }  # fmt: skip
@@ -237,6 +239,10 @@ def test_from_peft(tmp_path, folder, name):
     close = functools.partial(np.testing.assert_allclose, atol=1e-5 * np.abs(want).max())
     close(_logits(method.combine(params, trainable)), want)
     close(_logits({"params": method.merge(params, trainable)}), want)
+    if name == "dora, embedding":
+        save_adapter(tmp_path / "ours", model, method, trainable, params=params)
+        back = peft.PeftModel.from_pretrained(hugging_face(folder), tmp_path / "ours").eval()
+        close(back(torch.tensor(TOKENS, dtype=torch.long)).logits.detach().numpy(), want)
 
 
 def test_what_peft_does_not_have(tmp_path):
@@ -254,6 +260,7 @@ def test_what_peft_does_not_have(tmp_path):
         ("loha", {"module_dropout": 0.1}, "module_dropout=0.1"),
         ("ia3", {"target_modules": ["k_proj"]}, "is not in target_modules, and in the file"),
         ("vera", {"some_new_option": 3}, "some_new_option=3"),
+        ("ia3", {"modules_to_save": ["lm_head"]}, "lm_head.weight, of modules_to_save, is not in"),
     ],
 )
 def test_what_is_not_understood_is_refused(tmp_path, name, change, match):

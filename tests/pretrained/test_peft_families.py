@@ -13,6 +13,7 @@ from test_peft import same, trained, without_header
 
 import lora_jax as lj
 from lora_jax import partition
+from lora_jax.methods import METHODS
 from lora_jax.pretrained import load_adapter, save_adapter
 
 torch = pytest.importorskip("torch")
@@ -96,6 +97,51 @@ def test_from_peft_and_back(tmp_path, case):
     again, loaded = load_adapter(tmp_path / "ours", model, params)
     assert again == method
     same(loaded, trainable)
+
+
+FUSED = {
+    "ia3": (peft.IA3Config, {"target_modules": ["c_attn", "mlp.c_proj"],
+                             "feedforward_modules": ["mlp.c_proj"]}),
+    "adalora": (peft.AdaLoraConfig, {"target_modules": ["c_attn"], "init_r": 3, "target_r": 2,
+                                     "total_step": 9}),
+    "vera": (peft.VeraConfig, {"target_modules": ["c_attn"], "r": 3}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_modules_of_other_methods(tmp_path, name):
+    """Their shares are split exactly where the method allows it, and refused elsewhere."""
+    cls, options = FUSED[name]
+    base, model, params = fresh("gpt2 lm", tmp_path / "base")
+    adapted = peft.get_peft_model(base, cls(**options)).eval()
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    adapted.save_pretrained(tmp_path / "theirs")
+    want = theirs(adapted)
+    if name == "vera":
+        with pytest.raises(lj.UserError, match="c_attn.vera_lambda_b: the module is 3 here"):
+            load_adapter(tmp_path / "theirs", model, params)
+        return
+    method, trainable = load_adapter(tmp_path / "theirs", model, params)
+    close(ours(model, method, params, trainable), want)
+    if name == "ia3":  # and back, the query's gain being one
+        method, trainable = METHODS["ia3"](), {}
+        for i, (path, x) in enumerate(method.init(jax.random.key(0), params).items()):
+            slope = 0.01 * (i + 1) * np.arange(x["l"].shape[-1], dtype=np.float32)
+            trainable[path] = {"l": x["l"] + slope[None]}
+        save_adapter(tmp_path / "ours", model, method, trainable, params=params)
+        want = ours(model, method, params, trainable)
+        back = peft.PeftModel.from_pretrained(base.from_pretrained(tmp_path / "base"),
+                                              tmp_path / "ours").eval()  # fmt: skip
+        close(theirs(back), want)
+        again, loaded = load_adapter(tmp_path / "ours", model, params)
+        assert again == method
+        same(loaded, trainable)
+        without_header(tmp_path / "ours")
+        again, loaded = load_adapter(tmp_path / "ours", model, params)
+        close(ours(model, again, params, loaded), want)
 
 
 HEAD = r"^head/"

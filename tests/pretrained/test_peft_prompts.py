@@ -144,3 +144,11 @@ def test_files_that_do_not_fit_say_so(tmp_path):
     (tmp_path / "a" / "adapter_config.json").write_text(text)
     with pytest.raises(lj.UserError, match="num_virtual_tokens is 9"):
         load_adapter(tmp_path / "a", model, params)
+    text = json.dumps({**config, "some_new_option": 3})
+    (tmp_path / "a" / "adapter_config.json").write_text(text)
+    with pytest.raises(lj.UserError, match="not implemented here: some_new_option=3"):
+        load_adapter(tmp_path / "a", model, params)
+    text = json.dumps({**config, "modules_to_save": ["ln_f"]})
+    (tmp_path / "a" / "adapter_config.json").write_text(text)
+    with pytest.raises(lj.UserError, match="ln_f.weight, of modules_to_save, is not in the file"):
+        load_adapter(tmp_path / "a", model, params)

@@ -71,7 +71,8 @@ def read(
     method = saved if isinstance(saved, cls) else cls(
         rank=rules(ranks, every), alpha=config.get("lora_alpha", 8), targets=stored.targets,
         train=stored.train,
-        **{ours: config[theirs] for theirs, ours in _SCHEDULE.items() if theirs in config},
+        **{ours: config[theirs] for theirs, ours in _SCHEDULE.items()
+           if config.get(theirs) is not None},  # total_step may be null
     )  # fmt: skip
     turned = dataclasses.replace(
         stored, parts={k: {n: _ours(n, v) for n, v in x.items()} for k, x in stored.parts.items()}

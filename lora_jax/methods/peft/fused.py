@@ -2,7 +2,7 @@
 
 The k-th part of a module is called `module#k` in a model's names. A fused low-rank update splits
 exactly: the parts share A, and each has its rows of B. Parts join exactly too, in a block form
-whose rank is the sum of theirs.
+whose rank is the sum of theirs. So do AdaLoRA's updates split, and IA3's gains split and join.
 """
 
 from __future__ import annotations
@@ -12,10 +12,14 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from lora_jax.methods.peft.protocol import PREFIX, ModelNames
+from lora_jax.methods.peft.protocol import PREFIX, ModelNames, NoPeftForm
 
 _PART = re.compile(r"(.+)#(\d+)")
-_TENSOR = re.compile(r"(.+?)((?:\.base_layer)?\.(?:weight|bias)|\.lora_[AB]\.weight)")
+_TENSOR = re.compile(r"(.+?)((?:\.base_layer)?\.(?:weight|bias)|\.lora_[AB](?:\.weight)?|\.lora_E|\.ia3_l)")
+
+# Which of these the parts have in common, and which have a row an output; else that is a column.
+_SHARED = (".lora_A.weight", ".lora_A", ".lora_E")
+_ROWS = (".lora_B.weight", ".lora_B", ".ia3_l")
 
 
 def part_name(module: str, k: int) -> str:
@@ -48,9 +52,9 @@ def split(tensors: Mapping[str, np.ndarray], names: ModelNames) -> dict[str, np.
             continue
         module, last = match.groups()
         n = len(fused[module])
-        if last == ".lora_A.weight":
+        if last in _SHARED or (last == ".ia3_l" and value.shape[0] == 1):  # a gain of inputs
             shares = [value] * n
-        elif value.ndim and value.shape[axis := 0 if "lora_B" in last else -1] % n == 0:
+        elif value.ndim and value.shape[axis := 0 if last in _ROWS else -1] % n == 0:
             shares = np.split(value, n, axis)
         else:
             found[key] = value  # it fits nothing, and is then named as it is
@@ -71,6 +75,29 @@ def join_whole(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             groups.setdefault(key.replace(number[0], ""), {})[int(number[1])] = value
     for name, members in groups.items():
         found[name] = np.concatenate([members[k] for k in sorted(members)], -1)
+    return found
+
+
+def join_gains(
+    tensors: Mapping[str, np.ndarray], names: ModelNames, gain: str
+) -> dict[str, np.ndarray]:
+    """Gains of outputs [out, 1] with those of fused modules put together: 1 where a part has none.
+
+    Raises NoPeftForm for a gain of inputs, which not all parts may have in common.
+    """
+    found = dict(tensors)
+    for module, members in parts(names.modules).items():
+        keys = [f"{PREFIX}{p}.{gain}" for p in members]
+        there = [found.pop(k, None) for k in keys]
+        if all(x is None for x in there):
+            continue
+        rows = [
+            np.ones((names.sizes[p][1], 1), np.float32) if x is None else x
+            for p, x in zip(members, there, strict=True)
+        ]
+        if any(len(x) != names.sizes[p][1] for p, x in zip(members, rows, strict=True)):
+            raise NoPeftForm(f"{module} is one module in PEFT, several here")
+        found[f"{PREFIX}{module}.{gain}"] = np.concatenate(rows)
     return found
 
 

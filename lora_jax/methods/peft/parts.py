@@ -29,6 +29,7 @@ def write(
     whole: Mapping[str, Any],
     params: Any,
     config: Mapping[str, Any],
+    gain: str = "",
 ) -> AdapterFiles:
     """The files of parts that are already as PEFT has them, but for the layer axis.
 
@@ -38,6 +39,7 @@ def write(
       whole: leaves trained whole, by path.
       params: the base, or its shapes where no module is trained in part.
       config: the entries of adapter_config.json that only the method knows.
+      gain: a part that multiplies outputs, [out, 1], which a fused module has of all its parts.
 
     Raises:
       NoPeftForm: a module has no Hugging Face name, or is part of a fused one, or biases are
@@ -50,17 +52,20 @@ def write(
             module = hf_name(names, ours).rpartition(".")[0]
             if not on:
                 continue
-            if fused.plain(module) != module:
+            if fused.plain(module) != module and not gain:
                 raise NoPeftForm(f"{fused.plain(module)} is one module in PEFT, several here")
             adapted.add(module)
             for part, values in arrays.items():
                 tensors[f"{PREFIX}{module}.{part}"] = np.ascontiguousarray(values[at])
+    tensors, plain = fused.join_gains(tensors, names, gain), {fused.plain(m) for m in adapted}
+    adapted = {m for m in names.modules if fused.plain(m) in plain}
     bias, to_save = add_whole(names, whole, params, adapted, tensors)
     if bias != "none":
         raise NoPeftForm("biases trained apart from their modules are written for LoRA alone")
-    every = {".".join(m.split(".")[:n]) for m in names.modules for n in range(1, m.count(".") + 2)}
+    modules = {fused.plain(m) for m in names.modules}
+    every = {".".join(m.split(".")[:n]) for m in modules for n in range(1, m.count(".") + 2)}
     found = {
-        "target_modules": targets.short_names(adapted, every),
+        "target_modules": targets.short_names(plain, every),
         "modules_to_save": targets.short_names(to_save, every) or None,
         **config,
     }
@@ -111,7 +116,8 @@ def read(
     _check_options(files, known)
     stored = Stored({}, {}, (), ())
     odd: list[str] = []
-    for key, value in files.tensors.items():
+    joint = fused.parts(names.modules)
+    for key, value in fused.split(files.tensors, names).items():
         name = key.removeprefix(PREFIX)
         module, _, part = name.rpartition(".")
         if key in shared or name.endswith(".base_layer.weight") or ".original_module." in name:
@@ -121,6 +127,8 @@ def read(
             stored.parts.setdefault(names.ours[f"{module}.weight"], {})[part] = value
         elif name in names.ours and value.shape == names.shapes[name]:
             stored.whole[names.ours[name]] = value.T if names.transposed[name] else value
+        elif module in joint:
+            odd.append(f"{key}: the module is {len(joint[module])} here, and {part} is of all")
         else:
             odd.append(f"{key} {list(value.shape)} ({nearest(name, names.ours)})")
     for module in names.linear | names.embeddings:
@@ -129,6 +137,13 @@ def read(
         if named != (ours in stored.parts):
             odd.append(f"{module} is {'' if named else 'not '}in target_modules, "
                        f"and {'not ' if named else ''}in the file")  # fmt: skip
+    odd += [
+        f"{name}, of modules_to_save, is not in the file"
+        for module, leaves in names.modules.items()
+        for leaf in leaves
+        if targets.is_kept(files.config, module)
+        and names.ours[name := f"{module}.{leaf}"] not in stored.whole
+    ]
     if odd:
         more = f"; and {len(odd) - 6} more" if len(odd) > 6 else ""
         raise UserError(f"{files.where} does not fit this model: {'; '.join(odd[:6])}{more}")

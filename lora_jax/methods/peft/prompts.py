@@ -13,12 +13,19 @@ from lora_jax import partition
 from lora_jax.errors import UserError, nearest
 from lora_jax.methods.peft.patterns import regexes
 from lora_jax.methods.peft.protocol import PREFIX, AdapterFiles, ModelNames, NoPeftForm
-from lora_jax.methods.peft.targets import short_names
+from lora_jax.methods.peft.targets import is_kept, short_names
 from lora_jax.methods.peft.whole import add_whole
 
 ROWS = "prompt_embeddings"
 # Here PEFT does not wrap the base: its tensors lack one part of the usual prefix.
 _PREFIX = "base_model."
+_KNOWN = {
+    "auto_mapping", "base_model_name_or_path", "encoder_hidden_size", "inference_mode",
+    "init_weights", "modules_to_save", "num_attention_heads", "num_layers",
+    "num_transformer_submodules", "num_virtual_tokens", "peft_type", "peft_version",
+    "prefix_projection", "prompt_tuning_init", "prompt_tuning_init_text", "revision", "task_type",
+    "token_dim", "tokenizer_kwargs", "tokenizer_name_or_path",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +79,17 @@ def _with_parents(names: ModelNames) -> set[str]:
 def read(files: AdapterFiles, names: ModelNames, params: Any) -> Stored:
     """The rows and the whole leaves of PEFT's files.
 
-    Raises UserError for tensors that do not belong, and for a module that is only there in part.
+    Raises UserError for an option that is not implemented, for tensors that do not belong, and for
+    a module that is not there, or only in part.
     """
+    odd = [f"{k}={v!r}" for k, v in sorted(files.config.items()) if v and k not in _KNOWN]
+    if (files.config.get("num_transformer_submodules") or 1) != 1:
+        odd.append("num_transformer_submodules above 1 (encoder and decoder)")
+    if odd:
+        raise UserError(
+            f"{files.where} uses options that are not implemented here: {'; '.join(odd)}. A prompt "
+            "cannot be merged: use it with PEFT"
+        )
     tensors = dict(files.tensors)
     rows = tensors.pop(ROWS, None)
     if rows is None or rows.ndim != 2:
@@ -94,6 +110,10 @@ def read(files: AdapterFiles, names: ModelNames, params: Any) -> Stored:
                 f"{nearest(tensor, names.ours)}"
             )
         found[names.ours[tensor]] = value.T if names.transposed[tensor] else value
+    for module, ends in names.modules.items():
+        for tensor in [f"{module}.{x}" for x in ends if is_kept(files.config, module)]:
+            if names.ours[tensor] not in found:
+                raise UserError(f"{files.where}: {tensor}, of modules_to_save, is not in the file")
     train = tuple(regexes(found, list(names.theirs)))
     return Stored(rows.astype(np.float32), _leaves(found, params, files.where), train)
 
