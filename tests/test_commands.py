@@ -28,7 +28,7 @@ def shown() -> list[tuple[str, str]]:
 
 
 def commands(name: str, text: str) -> list[str]:
-    """Lines that begin with one, of a docstring or a Markdown block; in Markdown between backticks."""
+    """Lines that begin with one, of a docstring or a Markdown block; Markdown's backticks too."""
     lines = text.splitlines()
     if not name.endswith(".py"):
         blocks = [block for kind, block in BLOCK.findall(text) if kind != "python"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -121,10 +122,11 @@ class EVA(LoRA):
         return {p: layers for p, layers in found.items() if any(layers)}
 
     def _parameters(self, path: str, leaf: Any, ranks: list[int]) -> int:
-        if max(ranks) > leaf.shape[-2]:
+        inputs = math.prod(self.layout(path, leaf).sizes(tuple(leaf.shape), "i"))
+        if max(ranks) > inputs:
             raise UserError(
-                f"rank {max(ranks)} at {path!r}, whose inputs vary along {leaf.shape[-2]} "
-                "directions at most: choose a smaller rank"
+                f"rank {max(ranks)} at {path!r}, whose inputs vary along {inputs} directions at "
+                "most: choose a smaller rank"
             )
         return super()._parameters(path, leaf, ranks)
 

@@ -7,6 +7,7 @@ update has rank 2r, A beside A0 over B above −B0, which is exact.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -159,7 +160,7 @@ def as_factors(a: jax.Array, b: jax.Array, leaf: Any, layout: Any, ranks: list[i
 def check_rank(path: str, leaf: Any, layout: Any, rank: int, each: int = 1) -> None:
     """UserError where a decomposition of the leaf's matrices has fewer than each·rank columns."""
     shape = tuple(leaf.shape)
-    most = min(int(np.prod(layout.sizes(shape, k))) for k in "io")
+    most = min(math.prod(layout.sizes(shape, k)) for k in "io")
     if each * rank > most:
         raise UserError(
             f"rank {rank} at {path!r}, whose decomposition has only {most} columns: choose "

@@ -329,7 +329,7 @@ def table(scale):
 )
 @pytest.mark.parametrize("scale", ["smoke", "small", "paper"])
 def test_every_table_is_well_formed(path: Path, scale: str) -> None:
-    """Its published numbers are found; what it would run is a config that builds; LaTeX can say it."""
+    """Published numbers are found, what it would run is a config that builds, LaTeX can say it."""
     from lora_jax import config as configs
     from lora_jax.experiment import from_dict, to_dict
     from lora_jax.sweeps import grid

@@ -15,7 +15,9 @@ import numpy as np
 from lora_jax.methods.peft.protocol import PREFIX, ModelNames, NoPeftForm
 
 _PART = re.compile(r"(.+)#(\d+)")
-_TENSOR = re.compile(r"(.+?)((?:\.base_layer)?\.(?:weight|bias)|\.lora_[AB](?:\.weight)?|\.lora_E|\.ia3_l)")
+_TENSOR = re.compile(
+    r"(.+?)((?:\.base_layer)?\.(?:weight|bias)|\.lora_[AB](?:\.weight)?|\.lora_E|\.ia3_l)"
+)
 
 # Which of these the parts have in common, and which have a row an output; else that is a column.
 _SHARED = (".lora_A.weight", ".lora_A", ".lora_E")
