@@ -90,13 +90,24 @@ class LoRA(base.Method):
     # Which leaves, with which ranks and scales.
 
     def ranks(self, params: Any) -> dict[str, list[int]]:
-        """Rank per layer of every targeted leaf, by leaf path (one entry outside of stacks)."""
-        flat = partition.flatten(params)
-        patterns = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+        """Rank per layer of every targeted leaf, by leaf path (one entry outside of stacks).
+
+        Raises UserError for a pattern that matches nothing, and for a negative rank.
+        """
+        found = self._ranks_of(params)
         rules = partition.Rules.of(self.rank)
+        self._check(self._patterns(), rules, partition.flatten(params), found)
+        return found
+
+    def _patterns(self) -> tuple[str, ...]:
+        return (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+
+    def _ranks_of(self, params: Any) -> dict[str, list[int]]:
+        """`ranks` of a tree that may be a part of the base's, where a pattern has no leaf."""
+        patterns, rules = self._patterns(), partition.Rules.of(self.rank)
         whole = set(base.whole_leaves(params, self.train))
         found: dict[str, list[int]] = {}
-        for path, leaf in flat.items():
+        for path, leaf in partition.flatten(params).items():
             if path in whole:
                 continue
             ranks = [
@@ -107,7 +118,6 @@ class LoRA(base.Method):
                 if min(ranks) < 0:
                     raise UserError(f"rank must not be negative, at {path!r}")
                 found[path] = ranks
-        self._check(patterns, rules, flat, found)
         return found
 
     def _targeted(self, patterns: tuple[str, ...], path: str, expanded: str, leaf: Any) -> bool:

@@ -57,7 +57,10 @@ class LoRAGA(Offset):
             new = {p: Summed(own[p], x, p) if is_weight(own[p]) else x for p, x in targets.items()}
             return looking.loss(apply, partition.replace(params, new), batch)
 
-        gradient = jax.jit(jax.grad(total))
+        @jax.jit
+        def gradient(*arguments: Any) -> Any:  # float32: batches are summed, and then decomposed
+            return jax.tree.map(lambda x: x.astype(jnp.float32), jax.grad(total)(*arguments))
+
         # Of a weight that is no array, the gradient is that of a zero added to it.
         targets = {p: jnp.zeros(flat[p].shape) if is_weight(flat[p]) else flat[p] for p in paths}
         sums = gradient(targets, params, seen[0])

@@ -130,10 +130,11 @@ class ReLoRA(LoRA):
     def _restart(self, state: Any) -> Any:
         stream = jax.random.fold_in(state.keys["dropout"], zlib.crc32(b"relora"))
         key = jax.random.fold_in(stream, state.step)
-        # The trainable tree has the paths and shapes that targets and ranks are found by.
+        # The trainable tree has the paths and shapes that targets and ranks are found by, but none
+        # of leaves of rank 0.
         shapes = {p: v["delta"] if _has_delta(v) else v for p, v in state.trainable.items()}
         trainable = dict(state.trainable)
-        for path, ranks in self.ranks(shapes).items():
+        for path, ranks in self._ranks_of(shapes).items():
             value, scale = trainable[path], state.numbers["scale"][path]
             update = self._weight(path, value["delta"], value, scale).delta()
             fresh = self._factors(key, path, value["delta"], ranks)

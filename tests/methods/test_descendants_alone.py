@@ -15,6 +15,7 @@ from descendants import (
     DOWN,
     FAST,
     KEY,
+    LAYERS,
     METHODS,
     QUERY,
     VALUE,
@@ -342,6 +343,32 @@ def test_relora_prunes_each_layer_by_itself():
     path = (jax.tree_util.DictKey("layers[0:2]/mlp/up/kernel"), jax.tree_util.DictKey("a"))
     kept = np.asarray(method._pruned(path, x))[..., 0] != 0
     np.testing.assert_array_equal(kept, [[False, False, True, True]] * 2)
+
+
+def test_relora_restarts_beside_targets_of_rank_0():
+    """The trainable tree has no leaf that the rule of rank 0 is of."""
+    rules = ((r"query$|query/kernel$", 2), (r"value", 0))
+    method = dataclasses.replace(METHODS["relora"], rank=rules, targets=(r"query/", r"value/"))
+    last = run(method, 2)[-1].trainable
+    assert set(last) == {QUERY} and np.any(last[QUERY]["delta"])
+
+
+def test_lora_ga_sums_batches_in_float32():
+    params = toy_params(jnp.bfloat16)
+    method = dataclasses.replace(METHODS["lora_ga"], batches=2)
+    seen = [batch(i) for i in range(2)]
+    exact = sum(
+        jax.grad(lambda q, b: looking.loss(lj.adapt(toy), {**params, LAYERS: {**params[LAYERS],
+                 "attention": {**params[LAYERS]["attention"], "query": {"kernel": q}}}}, b))(
+            params[LAYERS]["attention"]["query"]["kernel"], b).astype(jnp.float32)
+        for b in seen
+    )  # fmt: skip
+    start = method.prepare(lj.adapt(toy), params, seen).starts(params)[QUERY]
+    for layer in range(L):  # A is of the first left singular vectors of the sum
+        u, _, _ = np.linalg.svd(np.asarray(exact[layer]))
+        a = np.asarray(start["a"][layer])
+        size = np.linalg.norm(a, axis=0)
+        np.testing.assert_allclose(np.linalg.norm(u[:, :2].T @ a, axis=0), size, rtol=1e-4)
 
 
 def test_ia3_says_where_feedforward_is_misspelt():
