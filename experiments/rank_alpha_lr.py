@@ -16,8 +16,10 @@ itself; differences are between arms on one seed, which share the order of the d
 shapes agree, the start. Whatever the answers are, they stand in `rank_alpha_lr.md` with their
 intervals, and every member in `rank_alpha_lr.csv`, in the workdir or in `--out`.
 
-The same command goes on where it was; each sweep has its report. `GLUE_DIR` names a folder with
-TFDS's glue, if it is not in the usual place. `--scale smoke`: 24 members of two steps; `small`: 141
+The same command goes on where it was; each sweep has its report. `--sweeps ranks,targets` runs some
+alone, and `--known rank_alpha_lr.csv` takes from an earlier table what it has, so that machines can
+share the work: the answers are of the arms that are there. `GLUE_DIR` names a folder with TFDS's
+glue, if it is not in the usual place. `--scale smoke`: 24 members of two steps; `small`: 141
 members of 200 steps of 16 sentences, about 100 minutes on 2 CPU cores by the speed of
 `configs/sweep_quick.py`; `full`: 355 members of an epoch, ranks to 256 and 5 seeds, for a GPU.
 """
@@ -27,8 +29,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from lora_jax.sweeps.sweep import Options, Sweep
 
 TASK, METRIC, NAME = "sst2", "accuracy", "rank_alpha_lr"
 RATE = "optimizer.learning_rate"
+SEEDED = ("seed", "data.seed", "training.dropout_seed")
 ALPHA = 32.0
 # All six kernels of a layer of width d: attention has 4 of d x d, the MLP d x 4d and 4d x d.
 ALL, ATTENTION, MLP = "all-linear", "attention/(query|key|value|out)$", "mlp/(up|down)$"
@@ -119,28 +121,51 @@ def _rates(low: float, high: float) -> tuple[float, ...]:
 
 
 def measure(
-    scale: Scale, workdir: Path, base: Mapping[str, Any], metric: str, mode: Any = "auto"
+    scale: Scale,
+    workdir: Path,
+    base: Mapping[str, Any],
+    metric: str,
+    *,
+    mode: Any = "auto",
+    sweeps: Sequence[str] = (),
+    known: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
-    """Runs what is missing; a row a member: arm, rate, seed, value (NaN where it diverged)."""
-    seeds = [{"seed": s, "data.seed": s, "training.dropout_seed": s} for s in range(scale.seeds)]
+    """Runs what is missing; a row a member: arm, rate, seed, value (NaN where it diverged).
+
+    Args:
+      sweeps: to run, by name; (): all.
+      known: an earlier table, whose members are not run again.
+    """
+    before = {} if known is None else {row["member"]: row for row in known.to_dict("records")}
     rows = []
     for name, some in itertools.groupby(arms(scale), key=lambda arm: arm.sweep):
-        chosen = list(some)
-        tried = [{**arm.overrides, RATE: rate} for arm in chosen for rate in arm.rates]
-        sweeps = {"arm": tried, "seed": seeds}
-        sweep = Sweep(base, sweeps, workdir / name, Options(mode=mode), progress=False)
-        sweep.run()
-        frame = report.table(sweep.members, sweep.folder)
-        found = frame.set_index("member")
-        places = [(arm.name, rate) for arm in chosen for rate in arm.rates]
-        wanted = itertools.product(places, range(scale.seeds))
-        for ((arm_name, rate), seed), member in zip(wanted, sweep.grid, strict=True):
-            row = found.loc[member.name]
-            value = row[metric] if row["status"] == "finished" else math.nan
-            rows.append({"arm": arm_name, "rate": rate, "seed": seed, "value": value,
-                         "member": member.name, "sweep": name,
-                         "trainable_params": row["trainable_params"]})  # fmt: skip
+        places = list(itertools.product(
+            [(arm, rate) for arm in some for rate in arm.rates], range(scale.seeds)
+        ))  # fmt: skip
+        tried = [
+            {**arm.overrides, RATE: rate, **dict.fromkeys(SEEDED, seed)}
+            for (arm, rate), seed in places
+        ]
+        members = grid.members(base, tried)
+        missing = [x for x, m in zip(tried, members, strict=True) if m.name not in before]
+        ran: dict[str, Any] = {}
+        if missing and (not sweeps or name in sweeps):
+            ran = _run(Sweep(base, {"member": missing}, workdir / name, Options(mode=mode),
+                             progress=False), metric)  # fmt: skip
+        for ((arm, rate), seed), member in zip(places, members, strict=True):
+            if (found := before.get(member.name) or ran.get(member.name)) is not None:
+                rows.append({"arm": arm.name, "rate": rate, "seed": seed, "value": found["value"],
+                             "member": member.name, "sweep": name,
+                             "trainable_params": found["trainable_params"]})  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _run(sweep: Sweep, metric: str) -> dict[str, Any]:
+    """value and trainable_params by member."""
+    sweep.run()
+    frame = report.table(sweep.members, sweep.folder)
+    frame["value"] = frame[metric].where(frame["status"] == "finished")
+    return {row["member"]: row for row in frame.to_dict("records")}
 
 
 def configured(scale: Scale) -> dict[str, Any]:
@@ -161,28 +186,42 @@ class Answer:
 
 
 def answers(frame: pd.DataFrame, scale: Scale) -> list[Answer]:
-    ranks = {f"r={r}": r for r in scale.ranks}
-    ends = [a.name for a in arms(scale) if best.at_an_end(frame, a.name)]
+    """Of the arms that the frame has."""
+    have = set(frame["arm"])
+    ranks = {f"r={r}": r for r in scale.ranks if f"r={r}" in have}
+    ends = [a.name for a in arms(scale) if a.name in have and best.at_an_end(frame, a.name)]
     note = f"Best at an end of the grid, so only a bound: {', '.join(ends)}." if ends else ""
-    bounded, of_full = bool(set(ends) & set(ranks)), bool(set(ends) & {*ranks, "full"})
-    moved, ratio = best.shift(frame, ranks), best.above(frame, ranks, "full")
-    lost = best.cost_of_one_rate(frame, ranks)
+    found = []
+    if len(ranks) > 1:
+        moved, lost = best.shift(frame, ranks), best.cost_of_one_rate(frame, ranks)
+        whole = f"ranks {min(ranks.values())} to {max(ranks.values())}"
+        found += [
+            Answer(f"Is the best rate nearly independent of the rank ({whole})?",
+                   "decades that it moves", moved,
+                   best.within(moved, 0.0, bool(set(ends) & set(ranks))), note),
+            Answer("What does one rate for all ranks cost, against a rate for each?",
+                   METRIC, lost, best.better(lost, "something", "it gains")),
+        ]  # fmt: skip
+    if ranks and "full" in have:
+        ratio = best.above(frame, ranks, "full")
+        verdict = best.within(ratio, 1.0, bool(set(ends) & {*ranks, "full"}))
+        found.append(Answer("Is LoRA's best rate about 10 times full fine-tuning's?",
+                            "decades above", ratio, verdict, note))  # fmt: skip
     attention, mlp = (f"{n} r={r}" for n, r in zip(("attention", "mlp"), scale.equal, strict=True))
     high = f"r={scale.high}"
-    targets, rs = best.gap(frame, mlp, attention), best.gap(frame, f"rsLoRA {high}", high)
-    whole = f"ranks {scale.ranks[0]} to {scale.ranks[-1]}"
-    return [
-        Answer(f"Is the best rate nearly independent of the rank ({whole})?",
-               "decades that it moves", moved, best.within(moved, 0.0, bounded), note),
-        Answer("What does one rate for all ranks cost, against a rate for each?",
-               METRIC, lost, best.better(lost, "something", "it gains")),
-        Answer("Is LoRA's best rate about 10 times full fine-tuning's?",
-               "decades above", ratio, best.within(ratio, 1.0, of_full), note),
-        Answer(f"Do MLP targets beat attention at equal parameters ({mlp}, {attention})?",
-               METRIC, targets, best.better(targets, "yes", "no")),
-        Answer(f"Does rsLoRA help at a high rank ({high}, alpha {ALPHA:g})?",
-               METRIC, rs, best.better(rs, "yes", "no")),
-    ]  # fmt: skip
+    pairs = (
+        (
+            mlp,
+            attention,
+            f"Do MLP targets beat attention at equal parameters ({mlp}, {attention})?",
+        ),
+        (f"rsLoRA {high}", high, f"Does rsLoRA help at a high rank ({high}, alpha {ALPHA:g})?"),
+    )
+    for one, other, question in pairs:
+        if {one, other} <= have:
+            gap = best.gap(frame, one, other)
+            found.append(Answer(question, METRIC, gap, best.better(gap, "yes", "no")))
+    return found
 
 
 def write(frame: pd.DataFrame, scale: Scale, name: str, folder: Path) -> str:
@@ -203,8 +242,11 @@ def write(frame: pd.DataFrame, scale: Scale, name: str, folder: Path) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| arm | parameters | log10 of the best rate, by seed | score, by seed |",
               "| --- | --- | --- | --- |"]  # fmt: skip
-    lines += [_line(frame, arm) for arm in arms(scale)]
+    have = set(frame["arm"])
+    lines += [_line(frame, arm) for arm in arms(scale) if arm.name in have]
     notes = dict.fromkeys(a.note for a in found if a.note)
+    if missing := [arm.name for arm in arms(scale) if arm.name not in have]:
+        notes[f"Not measured yet: {', '.join(missing)}."] = None
     text = "\n".join([*lines, *(f"\n{note}" for note in notes)]) + "\n"
     (folder / f"{NAME}.md").write_text(text, encoding="utf-8")
     return text
@@ -229,6 +271,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--scale", choices=SCALES, required=True)
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--out", type=Path, help="folder of the two files; default: the workdir")
+    parser.add_argument("--sweeps", default="", help="full, ranks, targets, rslora; default: all")
+    parser.add_argument("--known", type=Path, help="an earlier rank_alpha_lr.csv")
     parser.add_argument("--mode", default="auto", choices=("auto", "packed", "serial"))
     return parser.parse_args()
 
@@ -237,7 +281,14 @@ def main() -> None:
     options = arguments()
     scale = SCALES[options.scale]
     workdir = options.workdir / options.scale
-    frame = measure(scale, workdir, configured(scale), METRIC, options.mode)
+    known = None if options.known is None else pd.read_csv(options.known)
+    sweeps = [name for name in options.sweeps.split(",") if name]
+    if odd := set(sweeps) - {arm.sweep for arm in arms(scale)}:
+        raise SystemExit(f"--sweeps: there is no {', '.join(sorted(odd))}")
+    frame = measure(
+        scale, workdir, configured(scale), METRIC,
+        mode=options.mode, sweeps=sweeps, known=known,
+    )  # fmt: skip
     print(write(frame, scale, options.scale, options.out or workdir))
 
 

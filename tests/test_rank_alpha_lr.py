@@ -87,13 +87,27 @@ def test_in_miniature(tiny_config: Any, tmp_path: Path, monkeypatch: pytest.Monk
     scale = experiment.SCALES["smoke"]
     base = to_dict(from_dict(tiny_config(training={"steps": 2}, evaluation={"spectra": 0})))
     base["data"]["validation"] = "[20:22]"
-    frame = experiment.measure(scale, tmp_path, base, "exact_match", "serial")
+    frame = experiment.measure(scale, tmp_path, base, "exact_match", mode="serial")
     assert len(frame) == 24 and frame["value"].notna().all()
     counts = frame.groupby("arm")["trainable_params"].first()
     assert counts["r=4"] == 4 * counts["r=1"] and counts["full"] > counts["r=4"]
     text = experiment.write(frame, scale, "smoke", tmp_path)
     assert text.count("\n| ") == 2 + 5 + 2 + 6 and (tmp_path / "rank_alpha_lr.csv").exists()
     results = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/members/*/result.json")}
-    again = experiment.measure(scale, tmp_path, base, "exact_match", "serial")
+    again = experiment.measure(scale, tmp_path, base, "exact_match", mode="serial")
     pd.testing.assert_frame_equal(frame, again)
     assert len(results) == 24 and all(p.stat().st_mtime_ns == t for p, t in results.items())
+    # Another machine, with a table of some: the rest is run, and the answers are of what is there.
+    known = frame[frame["sweep"] != "rslora"]
+    some = experiment.measure(
+        scale, tmp_path / "b", base, "exact_match", mode="serial", sweeps=["ranks"], known=known
+    )
+    pd.testing.assert_frame_equal(some, known, check_dtype=False)
+    assert not (tmp_path / "b").exists()
+    text = experiment.write(some, scale, "smoke", tmp_path / "b")
+    assert text.count("\n| ") == 2 + 4 + 2 + 5 and "Not measured yet: rsLoRA r=4." in text
+    rest = experiment.measure(
+        scale, tmp_path / "b", base, "exact_match", mode="serial", known=known
+    )
+    pd.testing.assert_frame_equal(rest, frame, check_dtype=False)
+    assert len(list(tmp_path.glob("b/*/members/*/result.json"))) == 4
