@@ -35,7 +35,8 @@ def table(members: Iterable[Member], folder: Path) -> pd.DataFrame:
         if not path.exists():
             continue
         result = json.loads(path.read_text())
-        set_ = {key: _cell(_at(result["config"], key)) for key in keys}
+        own = member.overrides
+        set_ = {k: _cell(own[k] if k in own else _at(result["config"], k)) for k in keys}
         rows.append(
             {
                 "member": member.name,

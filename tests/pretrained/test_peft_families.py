@@ -112,7 +112,7 @@ FUSED = {
 def test_fused_modules_of_other_methods(tmp_path, name):
     """Their shares are split exactly where the method allows it, and refused elsewhere."""
     cls, options = FUSED[name]
-    base, model, params = fresh("gpt2 lm", tmp_path / "base")
+    base, model, params = fresh(CLASSES["gpt2 lm"], tmp_path / "base")
     adapted = peft.get_peft_model(base, cls(**options)).eval()
     with torch.no_grad():
         for parameter in adapted.parameters():

@@ -50,8 +50,9 @@ def train_pack(members, folder, slots=None):
     """Trains members through the slots of one program, in workdirs under `folder`."""
     program, _ = program_of(members, slots or len(members))
     Trainer(
-        program, members, folder=lambda m: folder / m.name, done=lambda m, r: None, base={}
-    ).run()
+        program, members, folder=lambda m: folder / m.name, done=lambda m, r: None,
+        base=lambda m: {},
+    ).run()  # fmt: skip
     return program
 
 
