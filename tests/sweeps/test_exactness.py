@@ -206,3 +206,12 @@ def test_on_a_mesh(tiny_config, axes):
     for packed, alone in zip(*sizes, strict=True):
         np.testing.assert_allclose(packed, alone, rtol=1e-3)
     assert (found[0][-1] < found[0][0]).all()
+
+
+def test_a_probe_times_steps_and_not_their_compiling(tiny_config, monkeypatch):
+    program, _ = program_of(members_of(tiny_config(), [{"seed": 0}]), 1)
+    compiled, run = [], program.run
+    monkeypatch.setattr(
+        program, "run", lambda *arguments: compiled.append(program.programs) or run(*arguments)
+    )
+    assert program.seconds_a_step() > 0 and compiled[0] == 1
