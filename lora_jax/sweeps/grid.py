@@ -59,9 +59,9 @@ def generators(path: str, wanted: Sequence[str] = ()) -> dict[str, list[Override
     for name, overrides in chosen.items():
         if not overrides:
             raise UserError(f"sweep_{name}() in {path} yields nothing")
-        for odd in [x for x in overrides if not isinstance(x, Mapping)]:
+        if odd := [x for x in overrides if not isinstance(x, Mapping)]:
             raise UserError(
-                f"sweep_{name}() in {path} yields {odd!r}: yield dicts like {{'method.rank': 4}}"
+                f"sweep_{name}() in {path} yields {odd[0]!r}: yield dicts like {{'method.rank': 4}}"
             )
     return chosen
 

@@ -42,6 +42,16 @@ def ours(model, method, params, trainable):
     return jax.jit(lj.adapt(model.apply))(method.combine(params, trainable), TOKENS)
 
 
+def moved_and_saved(adapted, folder):
+    """Outputs of PEFT's model once its trained parameters have moved, as it is saved."""
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    adapted.save_pretrained(folder)
+    return theirs(adapted)
+
+
 def close(got, want):
     np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
 
@@ -73,12 +83,7 @@ def test_from_peft_and_back(tmp_path, case):
     kind, options = FROM[case]
     base, model, params = fresh(CLASSES[kind], tmp_path / "base")
     adapted = peft.get_peft_model(base, peft.LoraConfig(r=3, lora_alpha=6, **options))
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    adapted.save_pretrained(tmp_path / "theirs")
-    want = theirs(adapted)
+    want = moved_and_saved(adapted, tmp_path / "theirs")
     if "whole" in case:
         params = partition.split_stacks(params, {"layers": [1]})
     method, trainable = load_adapter(tmp_path / "theirs", model, params)
@@ -114,12 +119,7 @@ def test_fused_modules_of_other_methods(tmp_path, name):
     cls, options = FUSED[name]
     base, model, params = fresh(CLASSES["gpt2 lm"], tmp_path / "base")
     adapted = peft.get_peft_model(base, cls(**options)).eval()
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    adapted.save_pretrained(tmp_path / "theirs")
-    want = theirs(adapted)
+    want = moved_and_saved(adapted, tmp_path / "theirs")
     if name == "vera":
         with pytest.raises(lj.UserError, match="c_attn.vera_lambda_b: the module is 3 here"):
             load_adapter(tmp_path / "theirs", model, params)
