@@ -61,8 +61,8 @@ EXAMPLES, EPOCHS = 2000, 3
 FIXED = ("LoRA", "FT-Top1", "VeRA", "PrefixEmbed", "Prompt Tuning")
 NOTE = (
     "trained parameters: as many as LoRA r=8 has, head included, as nearly as a method's size "
-    "allows; full fine-tuning, GaLore, FT-Top1, BitFit, IA3, VeRA and head only have what they have, "
-    "Prompt Tuning and PrefixEmbed 20 tokens: the 192 of the budget take ten times as long"
+    "allows; full fine-tuning, GaLore, FT-Top1, BitFit, IA3, VeRA and head only have what they "
+    "have, Prompt Tuning and PrefixEmbed 20 tokens: the 192 of the budget take ten times as long"
 )
 
 
