@@ -59,6 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--workdir", required=True)
     table.add_argument("--rows", default="", help="regex over 'row / metric'; others are not run")
     table.add_argument("--seeds", type=int, help="in place of the table's own number")
+    table.add_argument(
+        "--known", action="append", default=[], metavar="NAME.json",
+        help="what an earlier command, maybe on another machine, wrote: its rows are not run again",
+    )  # fmt: skip
     table.add_argument("--quiet", action="store_true", help="no progress bars")
     plan = add("plan", _plan, "what a config would cost, from the compiler, before it is run")
     plan.add_argument("config")
@@ -166,7 +170,7 @@ def _sweep(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def _table(args: argparse.Namespace, overrides: list[str]) -> None:
     from lora_jax import tables
-    from lora_jax.tables import render
+    from lora_jax.tables import kept, render
 
     if overrides:
         raise UserError("a table takes no --config overrides: its rows stand in its file")
@@ -178,10 +182,11 @@ def _table(args: argparse.Namespace, overrides: list[str]) -> None:
     filled = tables.run(
         table, args.scale, workdir,
         rows=args.rows, seeds=args.seeds, progress=not args.quiet,
+        known=kept.read([Path(p) for p in args.known], table, args.scale),
         after=lambda so_far: render.write(so_far, workdir, name),
     )  # fmt: skip
     print(render.markdown(filled))
-    print(f"{workdir / name}.csv, .md, .tex and .html")
+    print(f"{workdir / name}.csv, .md, .tex, .html and .json")
     if filled.failed:
         raise UserError(tables.again(filled.failed))
 

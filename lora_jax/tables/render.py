@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from lora_jax.tables import kept
 from lora_jax.tables.table import Filled, Line
 
 _HEADER = ("row", "metric", "published", "measured", "difference", "trainable", "seeds", "notes")
@@ -58,13 +59,14 @@ def page(filled: Filled) -> str:
 
 
 def write(filled: Filled, folder: Path, name: str) -> list[Path]:
-    """`name` with .csv, .md, .tex and .html in `folder`, each whole or not at all, and figures."""
+    """`name` with the ending of each form in `folder`, each whole or not at all, and figures."""
     folder.mkdir(parents=True, exist_ok=True)
     forms: dict[str, Callable[[], str]] = {
         "csv": lambda: filled.frame().to_csv(index=False),
         "md": lambda: markdown(filled),
         "tex": lambda: latex(filled),
         "html": lambda: page(filled),
+        "json": lambda: kept.text(filled),
     }
     paths = []
     for ending, form in forms.items():
@@ -172,7 +174,7 @@ def _foot(filled: Filled) -> str:
         "mean": "mean ± std [95 % interval of the mean]",
         "median": "median ± std [least, greatest]",
     }
-    spent = sum({x.measured.place: x.measured.seconds for x in filled.lines}.values())
+    spent = sum({x.measured.where: x.measured.seconds for x in filled.lines}.values())
     declared = filled.table.declared_cost(filled.scale)
     cost = f"Declared cost: {declared}; " if declared else ""
     took = f"computing took {spent / 60:.1f} minutes."

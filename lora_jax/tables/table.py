@@ -9,8 +9,9 @@ import dataclasses
 import math
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import pandas as pd
@@ -186,6 +187,7 @@ def run(
     rows: str = "",
     seeds: int | None = None,
     progress: bool = True,
+    known: Mapping[str, Measured] = MappingProxyType({}),
     after: Callable[[Filled], object] = lambda _: None,
 ) -> Filled:
     """Measures what is missing, row by row.
@@ -196,6 +198,8 @@ def run(
     Args:
       rows: regex of the rows to measure, over "label / metric"; the others stand as not run.
       seeds: in place of the table's own number.
+      known: rows that are measured already, by name: see `kept.read`. Those that have all seeds are
+        not run.
       after: called with the `Filled` so far after each row.
 
     Raises UserError where `rows` is no regex, or of no row.
@@ -204,7 +208,9 @@ def run(
     numbers = list(range(seeds or table.seeds))
     lines: list[Line] = []
     for row in table.rows:
-        if wanted.search(row.name):
+        if row.name in known and (taken := known[row.name].of(numbers)) is not None:
+            measured = taken
+        elif wanted.search(row.name):
             measured = _measure(row, workdir / scale / row.folder, numbers, progress)
         else:
             measured = Measured({}, reason="left out by --rows")

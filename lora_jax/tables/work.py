@@ -34,6 +34,7 @@ class Measured:
       trainable_params: of the model that gave it; None where nothing trains.
       seconds: that it took, in all.
       place: folder of the runs: cells that are metrics of the same runs share it.
+      known_from: in place of that, the file that had it, and which runs there: see `kept`.
       chosen: what was chosen for it on the first seed (`{"optimizer.learning_rate": 2e-3}`).
       reason: why there is nothing, if there is nothing.
       failed: whether it was to be there, and the same command may give it another time.
@@ -51,6 +52,20 @@ class Measured:
     place: str = ""
     summary: Summary | None = None
     notes: tuple[str, ...] = ()
+    known_from: str = ""
+
+    @property
+    def where(self) -> str:
+        """The same for metrics of the same runs."""
+        return self.place or self.known_from
+
+    def of(self, seeds: Sequence[int]) -> Measured | None:
+        """Of these seeds alone; None where it has not all."""
+        if self.summary is not None:
+            return self if self.summary.n == len(seeds) else None
+        if not self.values.keys() >= set(seeds):
+            return None
+        return dataclasses.replace(self, values={seed: self.values[seed] for seed in seeds})
 
 
 class Work(Protocol):

@@ -245,7 +245,7 @@ def test_published_rows_stand_without_numbers_of_ours() -> None:
 def test_forms(tmp_path: Path) -> None:
     filled = tables.run(a_table([]), "small", tmp_path)
     paths = render.write(filled, tmp_path / "out", "name")
-    assert {p.suffix for p in paths} == {".csv", ".md", ".tex", ".html"}
+    assert {p.suffix for p in paths} == {".csv", ".md", ".tex", ".html", ".json"}
     assert not list((tmp_path / "out").glob("*.part"))
     again = pd.read_csv(tmp_path / "out" / "name.csv")
     pd.testing.assert_frame_equal(again, filled.frame(), check_dtype=False)
@@ -263,6 +263,53 @@ def test_forms(tmp_path: Path) -> None:
     assert "a second" not in (tmp_path / "out" / "name.csv").read_text()
     silent = dataclasses.replace(filled, table=dataclasses.replace(filled.table, cost=""))
     assert "Declared" not in render.markdown(silent) and "Computing took" in render.markdown(silent)
+
+
+SHARED = """
+from lora_jax.statistics import Summary
+from lora_jax.tables import Claim, Computed, Row, Table
+from lora_jax.tables.work import Measured
+def value(folder, seed):
+    with open({calls!r}, "a") as file:
+        file.write("x")
+    return {{m: {{"value": seed + k, "trainable_params": 7}} for k, m in enumerate("mn")}}
+class Search:
+    def measure(self, folder, seeds, progress):
+        return Measured({{}}, summary=Summary(3.0, 2.0, float("nan"), float("nan"), len(seeds)))
+def table(scale):
+    rows = [Row(r, m, Computed(value, seeded=True, metric=m)) for r in "ab" for m in "mn"]
+    claims = (Claim("a", "b", "m"),)
+    return Table(f"shared, {{scale}}", (*rows, Row("c", "d90", Search())), claims=claims, seeds=2)
+"""
+
+
+def test_machines_share_the_rows_of_a_table(tmp_path: Path, capsys: Any) -> None:
+    experiment, calls = tmp_path / "exp.py", tmp_path / "calls"
+    experiment.write_text(SHARED.format(calls=str(calls)))
+
+    def table(workdir: str, *more: str) -> int:
+        return cli.main(["table", str(experiment), "--workdir", str(tmp_path / workdir), *more])
+
+    assert table("one", "--rows", "^a / ") == table("two", "--rows", "^(b|c) / ") == 0
+    assert len(calls.read_text()) == 4
+    known = [part for w in ("one", "two") for part in ("--known", str(tmp_path / w / "exp.json"))]
+    assert table("both", *known) == table("whole") == 0
+    assert len(calls.read_text()) == 8  # both rows again in `whole` alone
+    for ending in ("csv", "md"):
+        both, whole = ((tmp_path / w / f"exp.{ending}").read_text() for w in ("both", "whole"))
+        assert both == whole
+    # Of more seeds than it has, a row is run.
+    assert table("more", "--seeds", "3", "--rows", "^a / ", *known) == 0
+    assert len(calls.read_text()) == 11
+    frame = pd.read_csv(tmp_path / "more" / "exp.csv").set_index(["row", "metric"])
+    assert list(frame["seeds"]) == [3, 3, 0, 0, 0]
+    capsys.readouterr()
+    assert table("x", "--scale", "smoke", *known) == 2
+    assert "is of 'shared, small' at scale small, not of 'shared, smoke'" in capsys.readouterr().err
+    assert table("x", "--known", str(experiment)) == 2
+    assert "is not the NAME.json that" in capsys.readouterr().err
+    assert table("x", "--known", str(tmp_path / "none.json")) == 2
+    assert "No such file" in capsys.readouterr().err
 
 
 def test_the_command_says_what_it_will_cost_first(tmp_path: Path, capsys: Any) -> None:

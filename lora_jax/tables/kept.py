@@ -1,0 +1,93 @@
+"""The numbers of a filled table by seed, in a file that a table on another machine goes on from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_jax.errors import UserError
+from lora_jax.statistics import Summary
+from lora_jax.tables.table import Filled, Table
+from lora_jax.tables.work import Measured
+
+_FIELDS = ("trainable_params", "seconds", "chosen", "notes")
+
+
+def text(filled: Filled) -> str:
+    """JSON of the rows that have a number."""
+    places = list(dict.fromkeys(line.measured.where for line in filled.lines))
+    rows = {
+        line.row.name: _kept(line.measured, places.index(line.measured.where))
+        for line in filled.lines
+        if line.measured.values or line.measured.summary
+    }
+    content = {"title": filled.table.title, "scale": filled.scale, "rows": rows}
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+
+def read(paths: Sequence[Path], table: Table, scale: str) -> dict[str, Measured]:
+    """What files have of a table's rows, by name; of a row that several have, the first's.
+
+    Raises UserError for a file that is none of these, or is of another table or scale.
+    """
+    names = {row.name for row in table.rows}
+    found: dict[str, Measured] = {}
+    for path in paths:
+        content = _content(path)
+        if (content["title"], content["scale"]) != (table.title, scale):
+            raise UserError(
+                f"--known {path} is of {content['title']!r} at scale {content['scale']}, not of "
+                f"{table.title!r} at scale {scale}"
+            )
+        if odd := sorted(content["rows"].keys() - names):
+            raise UserError(f"--known {path} has a row {odd[0]!r}, which the table has not")
+        for name, row in content["rows"].items():
+            found.setdefault(name, _measured(row, f"{path} {row['runs']}"))
+    return found
+
+
+def _content(path: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--known {path}: {error.strerror}") from error
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or not content.keys() >= {"title", "scale", "rows"}:
+        raise UserError(f"--known {path} is not the NAME.json that `lora-jax table` writes")
+    return content
+
+
+def _kept(measured: Measured, runs: int) -> dict[str, Any]:
+    """`runs`: the same for metrics of the same runs, whose seconds count once."""
+    summary = measured.summary and dataclasses.asdict(measured.summary)
+    return {
+        "values": {str(seed): _or_null(x) for seed, x in measured.values.items()},
+        "summary": summary and {k: _or_null(x) for k, x in summary.items()},
+        **{name: getattr(measured, name) for name in _FIELDS},
+        "runs": runs,
+    }
+
+
+def _measured(row: Mapping[str, Any], where: str) -> Measured:
+    summary = row["summary"]
+    return Measured(
+        {int(seed): _or_nan(x) for seed, x in row["values"].items()},
+        summary=summary and Summary(**{k: _or_nan(x) for k, x in summary.items()}),
+        known_from=where,
+        **{name: row[name] for name in _FIELDS if name != "notes"},
+        notes=tuple(row["notes"]),
+    )
+
+
+def _or_null(x: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(x) else x
+
+
+def _or_nan(x: float | None) -> float:
+    return math.nan if x is None else x
