@@ -197,6 +197,20 @@ def test_eva_takes_the_principal_directions_of_the_inputs():
     assert all(r == 2 for layers in uniform.ranks(params).values() for r in layers)
 
 
+def test_eva_leaves_alone_what_it_gives_no_rank(monkeypatch):
+    """A kernel that gets none in any layer, beside others that all get the same."""
+
+    def of(*variances):
+        return np.stack([np.diag([*variances, 1.0])] * L)  # the last entry counts the inputs
+
+    known = {QUERY: of(1, 1, 0, 0, 0, 0), DOWN: of(*[1] * 10)}
+    monkeypatch.setattr(ALL["eva"], "_moments", lambda *_: known)
+    unprepared = ALL["eva"](rank=1, targets=(r"query$", r"mlp/down$"))
+    method = unprepared.prepare(lj.adapt(toy), toy_params(), [batch()])
+    assert method.ranks(toy_params()) == {QUERY: [2] * L}
+    assert set(method.init(KEY, toy_params())) == {QUERY}
+
+
 def test_lora_ga_starts_along_the_gradient():
     method, params = prepared("lora_ga"), toy_params()
 
