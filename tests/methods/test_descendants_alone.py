@@ -27,6 +27,7 @@ from descendants import (
     toy_loss,
     toy_params,
 )  # fmt: skip
+from flax import nnx
 
 import lora_jax as lj
 from lora_jax import partition
@@ -378,6 +379,16 @@ def test_lora_ga_sums_batches_in_float32(monkeypatch):
     monkeypatch.setattr(cls, "_factors_of", noted)
     METHODS["lora_ga"].prepare(lj.adapt(toy), toy_params(jnp.bfloat16), [batch(0), batch(1)])
     assert summed and set(summed) == {jnp.dtype(jnp.float32)}
+
+
+def test_ia3_rescales_the_bias_of_an_nnx_module():
+    graph, state = nnx.split(nnx.Linear(3, 2, bias_init=nnx.initializers.ones, rngs=nnx.Rngs(0)))
+    method = ALL["ia3"](targets=("kernel$",), feedforward=())
+    trainable, x = moved(method.init(KEY, state)), jnp.ones((4, 3))
+    call = lj.adapt(lambda v, x: nnx.merge(graph, v["params"])(x))
+    factor = np.asarray(trainable["kernel/value"]["l"])
+    want = np.asarray(call({"params": state}, x)) * factor
+    np.testing.assert_allclose(call(method.combine(state, trainable), x), want, rtol=1e-5)
 
 
 def test_ia3_says_where_feedforward_is_misspelt():
