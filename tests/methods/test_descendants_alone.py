@@ -293,6 +293,11 @@ def test_adaloras_budget_is_pefts():
     assert dropped[0] == 0 and dropped[-1] == dropped[-2] == 2 * L * 2  # 1 of 3 is left a matrix
 
 
+def test_adalora_refuses_to_allocate_never():
+    with pytest.raises(lj.UserError, match="every=0 and target_rank=8 at least 1"):
+        ALL["adalora"](every=0)
+
+
 def test_adaloras_penalty():
     method, params = METHODS["adalora"], toy_params()
     tree = moved(method.init(KEY, params))
