@@ -108,9 +108,20 @@ def module(path: str) -> str:
     return path.rsplit("/", 1)[0] if "/" in path else path
 
 
+def sibling(path: str, name: str) -> str:
+    """The path of the leaf called `name` in the module that owns the leaf at `path`."""
+    leaf = path.removesuffix("/value")
+    parent, slash, _ = leaf.rpartition("/")
+    return f"{parent}{slash}{name}{path[len(leaf) :]}"
+
+
 def matches(pattern: str, path: str) -> bool:
-    """Whether `pattern` is found in an expanded leaf path or in its module's path."""
-    return bool(re.search(pattern, path) or re.search(pattern, module(path)))
+    """Whether `pattern` is found in an expanded leaf path or in its module's path.
+
+    A leaf of NNX's `dense/kernel/value` may also be called `dense/kernel`.
+    """
+    names = (path, path.removesuffix("/value"), module(path))
+    return any(re.search(pattern, name) for name in names)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -79,6 +79,10 @@ class AdaLoRA(Structured):
             raise UserError("AdaLoRA scales by alpha/rank: leave out scaling")
         if not (0 < self.beta1 < 1 and 0 < self.beta2 < 1):
             raise UserError("beta1 and beta2 must be in (0, 1)")
+        if self.every < 1 or self.target_rank < 1:
+            raise UserError(
+                f"AdaLoRA needs every={self.every} and target_rank={self.target_rank} at least 1"
+            )
 
     def scheduled(self, steps: int) -> AdaLoRA:
         return self if self.total_steps else dataclasses.replace(self, total_steps=steps)

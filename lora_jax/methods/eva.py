@@ -63,7 +63,8 @@ class EVA(LoRA):
             ratios[path], vectors[path], deviations[path] = _principal(moments, widest)
         ranks = self._allocate(params, ratios)
         flat, start = partition.flatten(params), {}
-        for path, layers in ranks.items():
+        kept = {path: layers for path, layers in ranks.items() if any(layers)}
+        for path, layers in kept.items():
             most = max(layers)
             a = vectors[path][..., :most]
             if self.whiten:
@@ -78,7 +79,8 @@ class EVA(LoRA):
             for ours, r in zip(partition.expand(path), layers, strict=True):
                 old = float(partition.Rules.of(self.alpha).get(ours, 0.0))
                 by_module[partition.module(ours)] = r
-                alphas[partition.module(ours)] = float(f"{old * (r / self.rank) ** power:.7g}")
+                if path in kept:
+                    alphas[partition.module(ours)] = float(f"{old * (r / self.rank) ** power:.7g}")
         method = dataclasses.replace(self, rank=rules(by_module, every), alpha=rules(alphas, every))
         return looking.with_start(method, start)
 
@@ -119,7 +121,7 @@ class EVA(LoRA):
         # Within a module ratios fall, so the best candidates are each module's first.
         for _, path, layer in sorted(candidates, key=lambda c: -c[0])[:budget]:
             found[path][layer] += 1
-        return {p: layers for p, layers in found.items() if any(layers)}
+        return found
 
     def _parameters(self, path: str, leaf: Any, ranks: list[int]) -> int:
         inputs = math.prod(self.layout(path, leaf).sizes(tuple(leaf.shape), "i"))

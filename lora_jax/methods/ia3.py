@@ -114,7 +114,7 @@ class IA3(base.Method):
             gain = jnp.where(_like(jnp.asarray(on), l.ndim) > 0, l, 1.0)
             layout, _ = self._sizes(path, flat[path])
             inner = self._inner(path)
-            bias = f"{partition.module(path)}/bias"
+            bias = partition.sibling(path, "bias")
             if not inner and bias in flat:
                 old = new.get(bias, flat[bias])
                 new[bias] = (old * gain).astype(old.dtype)

@@ -56,8 +56,9 @@ class LoRAPlus(LoRA):
     """LoRA, with `lr_ratio` times the learning rate for B (section 5 of the paper).
 
     The paper argues for a ratio far above 1 (about 16 where A is random and B is zero); the
-    learning rate itself is then A's. Factors of embeddings keep it, as in the paper's code, and
-    so do leaves trained whole. Its file is an ordinary LoRA.
+    learning rate itself is then A's. Factors of embeddings keep it, and so do leaves trained whole;
+    the paper's code gives embeddings a rate of their own (1e-6), and vectors that of B. Its file is
+    an ordinary LoRA.
     """
 
     trains: ClassVar[str] = "A and B, B at a higher rate"

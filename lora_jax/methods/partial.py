@@ -27,7 +27,7 @@ class BitFit(FullFineTuning):
 
     def patterns(self, params: Any) -> tuple[str, ...]:
         names = [e for p in partition.flatten(params) for e in partition.expand(p)]
-        if not any(n.endswith("bias") for n in names):
+        if not any(n.removesuffix("/value").endswith("bias") for n in names):
             raise UserError("bitfit trains biases, and this model has none: choose another method")
         return self.train
 

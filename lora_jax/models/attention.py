@@ -91,14 +91,17 @@ def attention_masks(
       attention_mask: [B, slots - prefix], nonzero where a slot may be seen.
       segment_ids: [B, slots - prefix]; needs queries == slots. Only equal ids see each other.
       causal: whether later slots are hidden.
-      window: how many slots up to its own a query sees (a sliding window); None: all.
+      window: how many tokens up to its own a query sees (a sliding window); None: all.
     """
     row = offset + jnp.arange(queries)
     column = jnp.arange(slots)
     seen = (column[None, :] <= row[:, None]) if causal else jnp.ones((queries, slots), bool)
-    if window is not None:
-        seen = seen & (row[:, None] - column[None, :] < window)
     mask = seen[None, None]
+    if window is not None:
+        # In tokens: a prompt is as near to a text behind padding or behind another text.
+        place_BS = _places(slots, prefix, attention_mask, segment_ids)
+        own_BT = jax.lax.dynamic_slice_in_dim(place_BS, offset, queries, axis=1)
+        mask = mask & (own_BT[:, None, :, None] - place_BS[:, None, None, :] < window)
     if attention_mask is not None:
         seen_BS = jnp.pad(attention_mask != 0, ((0, 0), (prefix, 0)), constant_values=True)
         mask = mask & seen_BS[:, None, None, :]
@@ -107,6 +110,20 @@ def attention_masks(
         same = ids_BS[:, None, :, None] == ids_BS[:, None, None, :]
         mask = mask & (same | (column < prefix)[None, None, None, :])
     return mask
+
+
+def _places(
+    slots: int, prefix: int, attention_mask: jax.Array | None, segment_ids: jax.Array | None
+) -> jax.Array:
+    """Which token of its text a slot holds, counted from the prompt's first: [B or 1, slots]."""
+    if segment_ids is not None:
+        place = default_positions((segment_ids.shape[0], slots - prefix), segment_ids)
+    elif attention_mask is not None:
+        place = jnp.cumsum(attention_mask != 0, axis=1, dtype=jnp.int32) - 1
+    else:
+        place = default_positions((1, slots - prefix))
+    front = default_positions((place.shape[0], prefix))
+    return jnp.concatenate([front, prefix + place], axis=1)
 
 
 def default_positions(shape: tuple[int, ...], segment_ids: jax.Array | None = None) -> jax.Array:

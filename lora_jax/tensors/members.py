@@ -206,6 +206,22 @@ def over(weight: Any, w: Any, depth: int) -> Any:
     return dataclasses.replace(weight, w=over(weight.w, w, depth - 1))
 
 
+def take_rows(tree: Any, index: Any) -> Any:
+    """The tree for another batch, whose row i is row index[i] of the old one; without `Members` it
+    is as it was."""
+
+    def taken(x: Any) -> Any:
+        return dataclasses.replace(x, rows=x.rows[index]) if isinstance(x, Members) else x
+
+    return jax.tree.map(taken, tree, is_leaf=is_weight)
+
+
+def rows_of(tree: Any) -> int | None:
+    """How many rows a batch must have for the tree's `Members`; None where it has none."""
+    leaves = jax.tree.leaves(tree, is_leaf=is_weight)
+    return next((len(x.rows) for x in leaves if isinstance(x, Members)), None)
+
+
 def places(one: Any, depth: int, *, sliced: bool) -> tuple[Any, tuple[int, ...]]:
     """(`like`, `axes`) of members like this one: M behind the axis that a scan would slice.
 

@@ -19,6 +19,7 @@ import numpy as np
 from lora_jax.errors import UserError
 from lora_jax.models import prompt_length
 from lora_jax.tensors import adapt
+from lora_jax.tensors.members import rows_of, take_rows
 from lora_jax.training.beams import NextLogits, Restrict, Search, any_left, is_end
 from lora_jax.training.prompts import collect, prompt_batches
 from lora_jax.training.sampling import Sampling, ban_repeats
@@ -46,16 +47,22 @@ def generate(
         eos_id: ends a continuation, maybe one of several; None: all have max_new_tokens.
         prefix: tokens before every prompt, run through the model only once a batch.
         batch_size: prompts decoded together; None: all. Similar lengths go together.
-        model, variables and the others: see `decode`.
+        variables: as of `decode`; of adapters chosen by row, a row is a prompt.
+        model and the others: see `decode`.
 
-    Raises UserError for an empty prompt and for options that `decode` refuses.
+    Raises UserError for an empty prompt, for adapters chosen for another number of prompts, and for
+    options that `decode` refuses.
     """
     if eos_id is None:
         ends: tuple[int, ...] = ()
     else:
         ends = tuple(int(e) for e in np.atleast_1d(eos_id))
-    if prefix and no_repeat_ngram_size:
-        # The n-grams of prefix and prompt are those of one text, without padding between them.
+    rows = rows_of(variables)
+    if rows is not None and rows != len(prompts):
+        raise UserError(f"adapters are chosen for {rows} rows, but {len(prompts)} prompts given")
+    if prefix and (no_repeat_ngram_size or rows is not None):
+        # The n-grams of prefix and prompt are those of one text, without padding between them;
+        # and where adapters are chosen by row, no two rows read the prefix alike.
         prompts, prefix = [[*prefix, *prompt] for prompt in prompts], ()
     batches = prompt_batches(prompts, pad_id, batch_size=batch_size)
     options: dict[str, Any] = {"ends": ends, "pad_id": pad_id}
@@ -70,7 +77,8 @@ def generate(
             # The seed is in the keys: another one is no other program.
             options["sampling"] = dataclasses.replace(sampling, seed=0)
             options["keys_B"] = sampling.keys(jnp.asarray(batch["rows"]))
-        outputs.append(_decode(model, variables, batch["tokens"], batch["padding"], **options))
+        own = take_rows(variables, batch["rows"])
+        outputs.append(_decode(model, own, batch["tokens"], batch["padding"], **options))
     return collect(batches, [np.asarray(x) for x in outputs], ends)
 
 
@@ -218,13 +226,14 @@ def _prefill(
     cache = read(tokens_BP[:, :-1], cache, ahead)
     if beams > 1:
         cache = _take(cache, axes, jnp.repeat(jnp.arange(rows), beams))
+    variables_R = take_rows(variables, jnp.repeat(jnp.arange(rows), beams))
     inside_RS = jnp.repeat(inside_BS, beams, 0)
     positions_RS = jnp.repeat(positions_BS, beams, 0)
 
     def next_logits(tokens_R: jax.Array, count: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         slot = ahead + length - 1 + count
         logits, cache = apply(
-            variables,
+            variables_R,
             tokens_R[:, None],
             positions=jax.lax.dynamic_slice_in_dim(positions_RS, slot, 1, axis=1),
             attention_mask=inside_RS,

@@ -26,6 +26,7 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 MODELS: dict[str, Any] = {
     "llama": Llama(LlamaConfig(**SIZES, num_kv_heads=2, head_dim=4, tied=True)),
+    "mistral": Llama(LlamaConfig(**SIZES, num_kv_heads=2, head_dim=4, tied=True, window=5)),
     "gpt2": GPT2(GPT2Config(**SIZES)),
     "bert": Bert(BertConfig(**SIZES, head="classification", num_labels=3)),
     "bert bare": Bert(BertConfig(**SIZES)),

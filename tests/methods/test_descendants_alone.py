@@ -27,6 +27,7 @@ from descendants import (
     toy_loss,
     toy_params,
 )  # fmt: skip
+from flax import nnx
 
 import lora_jax as lj
 from lora_jax import partition
@@ -197,6 +198,20 @@ def test_eva_takes_the_principal_directions_of_the_inputs():
     assert all(r == 2 for layers in uniform.ranks(params).values() for r in layers)
 
 
+def test_eva_leaves_alone_what_it_gives_no_rank(monkeypatch):
+    """A kernel that gets none in any layer, beside others that all get the same."""
+
+    def of(*variances):
+        return np.stack([np.diag([*variances, 1.0])] * L)  # the last entry counts the inputs
+
+    known = {QUERY: of(1, 1, 0, 0, 0, 0), DOWN: of(*[1] * 10)}
+    monkeypatch.setattr(ALL["eva"], "_moments", lambda *_: known)
+    unprepared = ALL["eva"](rank=1, targets=(r"query$", r"mlp/down$"))
+    method = unprepared.prepare(lj.adapt(toy), toy_params(), [batch()])
+    assert method.ranks(toy_params()) == {QUERY: [2] * L}
+    assert set(method.init(KEY, toy_params())) == {QUERY}
+
+
 def test_lora_ga_starts_along_the_gradient():
     method, params = prepared("lora_ga"), toy_params()
 
@@ -276,6 +291,11 @@ def test_adaloras_budget_is_pefts():
                 np.testing.assert_allclose(value["e"][i], want, atol=1e-6)
         dropped.append(int(sum((v["e"] == 0).sum() for v in state.trainable.values())))
     assert dropped[0] == 0 and dropped[-1] == dropped[-2] == 2 * L * 2  # 1 of 3 is left a matrix
+
+
+def test_adalora_refuses_to_allocate_never():
+    with pytest.raises(lj.UserError, match="every=0 and target_rank=8 at least 1"):
+        ALL["adalora"](every=0)
 
 
 def test_adaloras_penalty():
@@ -364,6 +384,16 @@ def test_lora_ga_sums_batches_in_float32(monkeypatch):
     monkeypatch.setattr(cls, "_factors_of", noted)
     METHODS["lora_ga"].prepare(lj.adapt(toy), toy_params(jnp.bfloat16), [batch(0), batch(1)])
     assert summed and set(summed) == {jnp.dtype(jnp.float32)}
+
+
+def test_ia3_rescales_the_bias_of_an_nnx_module():
+    graph, state = nnx.split(nnx.Linear(3, 2, bias_init=nnx.initializers.ones, rngs=nnx.Rngs(0)))
+    method = ALL["ia3"](targets=("kernel$",), feedforward=())
+    trainable, x = moved(method.init(KEY, state)), jnp.ones((4, 3))
+    call = lj.adapt(lambda v, x: nnx.merge(graph, v["params"])(x))
+    factor = np.asarray(trainable["kernel/value"]["l"])
+    want = np.asarray(call({"params": state}, x)) * factor
+    np.testing.assert_allclose(call(method.combine(state, trainable), x), want, rtol=1e-5)
 
 
 def test_ia3_says_where_feedforward_is_misspelt():

@@ -13,7 +13,7 @@ import site_models
 from descendants import BOTH, KEY, V, moved, toy, toy_params
 
 import lora_jax as lj
-from lora_jax import methods
+from lora_jax import methods, training
 from lora_jax.sweeps.members import stack_adapters
 
 ROWS = np.array([2, 0, 1, 0, 2])
@@ -165,6 +165,28 @@ def test_a_real_model(tiny_base):
         merged = {"params": method.merge(params, trainable)}
         alone = call(merged, tokens)
         np.testing.assert_allclose(together[member == ROWS], alone[member == ROWS], atol=2e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2, "batch_size": 2, "prefix": [9]}])
+def test_each_prompt_is_continued_by_its_own_adapter(options):
+    """Also where prompts of similar length go together, and each row becomes several beams."""
+    model, params = site_models.MODELS["llama"], site_models.params_of("llama")
+    every = [lj.LoRA(rank=r, alpha=8.0, targets="all-linear") for r in (1, 2)]
+    some = [(m, moved(m.init(KEY, params), seed=i)) for i, m in enumerate(every)]
+    prompts, rows = [[5, 6, 7, 8], [5], [9, 4, 6], [5, 6, 7, 8]], np.array([0, 1, 0, 1])
+
+    def continued(variables):
+        return training.generate(
+            model, variables, prompts, max_new_tokens=4, eos_id=None, pad_id=0, **options
+        )
+
+    stack = stack_adapters(params, some)
+    together = continued(stack.combine(params, rows))
+    alone = [continued({"params": m.merge(params, t)}) for m, t in some]
+    assert together == [alone[row][i] for i, row in enumerate(rows)]
+    assert all(one != other for one, other in zip(*alone, strict=True))
+    with pytest.raises(lj.UserError, match="for 3 rows, but 4 prompts given"):
+        continued(stack.combine(params, rows[:3]))
 
 
 def test_what_cannot_share_a_program_is_refused():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from site_models import (
     FAST,
     KEY,
@@ -41,6 +42,11 @@ def test_bitfit_on_gpt3_is_not_the_papers_formula() -> None:
     d, layers = 12288, 96
     assert 12 * d * layers == 14_155_776
     assert count("GPT-3", BitFit()) == 11 * d * layers + d == 12_988_416
+
+
+def test_bitfit_finds_the_biases_of_an_nnx_model() -> None:
+    _, state = nnx.split(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+    assert set(BitFit().init(KEY, state)) == {"bias/value"}
 
 
 @pytest.mark.parametrize(

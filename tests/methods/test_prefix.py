@@ -74,7 +74,7 @@ METHODS = {
 @pytest.mark.parametrize(
     ("name", "which"),
     [("llama", "prefix, mlp"), ("gpt2", "prefix"), ("bert bare", "prefix"), ("llama", "prompt"),
-     ("gpt2", "layers"), ("gpt2", "lora")],
+     ("gpt2", "layers"), ("gpt2", "lora"), ("mistral", "prompt")],
 )  # fmt: skip
 def test_every_text_of_a_packed_row_has_the_prefix(name: str, which: str) -> None:
     params, method = params_of(name), METHODS[which]
@@ -158,6 +158,21 @@ def test_decoding_sees_the_special_tokens(method) -> None:
     logits = run("gpt2", variables, whole[None])[0]
     assert np.isfinite(logits).all()
     np.testing.assert_array_equal(np.argmax(logits, -1)[len(prompt) - 1 : -1], new)
+
+
+def test_a_window_reaches_a_prompt_over_padding() -> None:
+    """Prompts of several lengths in a batch: each one's tokens are those of the text alone."""
+    params, method = params_of("mistral"), METHODS["prompt"]
+    variables = method.combine(params, moved(method.init(KEY, params)))
+    prompts = [TOKENS[0, :1].tolist(), TOKENS[1, :5].tolist()]
+    new = training.generate(
+        MODELS["mistral"], variables, prompts, max_new_tokens=3, eos_id=None, pad_id=0
+    )
+    for prompt, tokens in zip(prompts, new, strict=True):
+        whole = np.zeros((1, 8), int)
+        whole[0, : len(prompt) + 3] = [*prompt, *tokens]
+        chosen = np.argmax(run("mistral", variables, whole)[0], -1)
+        np.testing.assert_array_equal(chosen[len(prompt) - 1 :][:3], tokens)
 
 
 def test_lora_with_special_tokens_is_both() -> None:
