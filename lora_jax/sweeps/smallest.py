@@ -147,7 +147,7 @@ class Smallest:
 
     def _metric(self, result: Mapping[str, Any], metric: str, size: float, seed: int) -> float:
         """Of a run; a member that ended early (`status`) has diverged."""
-        ended = result.get("status", "finished") != "finished"
+        ended = result["status"] != "finished"
         value = None if ended else result["metrics"].get(metric)
         if value is not None and math.isfinite(value):
             return float(value)

@@ -284,9 +284,8 @@ class Sweep:
         return study, done
 
     def _finished(self, member: Member, result: dict[str, Any]) -> None:
-        status = result.get("status", "finished")
-        if status != "finished":
-            print(f"{member.name} {member.overrides}: {status}", flush=True)
+        if result["status"] != "finished":
+            print(f"{member.name} {member.overrides}: {result['status']}", flush=True)
         report.write_csv(report.table(self.members, self.folder), self.workdir / report.CSV)
 
     # Results.

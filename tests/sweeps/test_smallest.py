@@ -42,7 +42,8 @@ class FakeSweep:
                 continue
             self.trained.append(member.d)
             path.parent.mkdir(parents=True)
-            result = {"metrics": {"accuracy": math.log10(member.d) / 4 + 0.001 * member.seed},
+            result = {"status": "finished",
+                      "metrics": {"accuracy": math.log10(member.d) / 4 + 0.001 * member.seed},
                       "trainable_params": member.d + 10, "converged": member.seed == 0}  # fmt: skip
             path.write_text(json.dumps(self.broken.get(member.d, result)))
 
