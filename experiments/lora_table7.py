@@ -45,7 +45,7 @@ def runs_of(scale: str, folder: Path, seed: int) -> dict[tuple[int, int], Path]:
     All are members of one packed program.
     """
     from lora_jax.experiment import to_dict
-    from lora_jax.sweeps import grid, search
+    from lora_jax.sweeps import grid
     from lora_jax.sweeps.sweep import Options, Sweep
 
     smoke, steps = scale == "smoke", STEPS[scale]
@@ -64,7 +64,7 @@ def runs_of(scale: str, folder: Path, seed: int) -> dict[tuple[int, int], Path]:
     # A probe of what is faster takes longer than a step.
     options = Options(mode="packed" if smoke else "auto")
     sweep = Sweep(base, {"runs": overrides}, folder / f"seed{seed}", options, progress=False)
-    if any(search.result(sweep.folder, m) is None for m in sweep.members):
+    if sweep.waiting:
         sweep.run()
     return {key: sweep.folder / m.name for key, m in zip(wanted, sweep.grid, strict=True)}
 

@@ -116,7 +116,7 @@ class Smallest:
             asked.extend(sizes)
             # All sizes so far: those that are done are not run, and the tables show them too.
             sweep = Sweep(self.base, self._overrides(asked), folder, options or Options(), progress)
-            if any(search.result(sweep.folder, m) is None for m in sweep.members):
+            if sweep.waiting:
                 sweep.run()
             metric = self.metric or sweep.task.principal
             new = []

@@ -32,7 +32,10 @@ class FakeSweep:
             types.SimpleNamespace(name=f"{a['d']}-{b['seed']}", d=a["d"], seed=b["seed"])
             for a, b in pairs
         ]
-        self.members = self.grid
+
+    @property
+    def waiting(self) -> list[Any]:
+        return [m for m in self.grid if smallest.search.result(self.folder, m) is None]
 
     def run(self) -> None:
         FakeSweep.sweeps += 1
