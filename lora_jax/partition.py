@@ -153,6 +153,11 @@ def compiled(pattern: str) -> re.Pattern[str]:
         raise UserError(f"{pattern!r} is not a regular expression: {error}") from None
 
 
+def listed(patterns: str | Sequence[str]) -> tuple[str, ...]:
+    """One regex or several, as a tuple."""
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
 def check_patterns(patterns: Iterable[str], paths: Iterable[str], what: str) -> None:
     """UserError for the first pattern that matches no path."""
     paths = list(paths)

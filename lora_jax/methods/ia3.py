@@ -56,8 +56,7 @@ class IA3(base.Method):
         return LoRA(rank=1, targets=self.targets, train=self.train, layouts=self.layouts)
 
     def _feedforward(self) -> tuple[str, ...]:
-        patterns = self.feedforward
-        return tuple(p for p in ((patterns,) if isinstance(patterns, str) else patterns) if p)
+        return tuple(p for p in partition.listed(self.feedforward) if p)
 
     def _inner(self, path: str) -> bool:
         """Whether it is the leaf's inputs that are rescaled."""

@@ -100,7 +100,7 @@ class LoRA(base.Method):
         return found
 
     def _patterns(self) -> tuple[str, ...]:
-        return (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+        return partition.listed(self.targets)
 
     def _ranks_of(self, params: Any) -> dict[str, list[int]]:
         """`ranks` of a tree that may be a part of the base's, where a pattern has no leaf."""

@@ -104,7 +104,7 @@ class Subspace(base.Method):
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        return (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+        return partition.listed(self.targets)
 
     def spans(self, params: Any) -> list[Span]:
         """The covered leaves, in an order that cutting a stack in segments does not change.
