@@ -171,16 +171,8 @@ class Structured(LoRA):
         like = jax.eval_shape(lambda: method.init(jax.random.key(0), params))
         ours_first = {leaf: {n: x.T for n, x in of.items()} for leaf, of in stored.parts.items()}
         turned = dataclasses.replace(stored, parts=ours_first)
-        trainable: base.Trainable = {}
-        for path, wanted in like.items():
-            if isinstance(wanted, dict):
-                trainable[path] = {
-                    k: parts.gather(turned, path, held[k].name, x, files.where)
-                    for k, x in wanted.items()
-                }
-            else:
-                trainable[path] = parts.whole_of(stored, path, wanted)
-        return method, trainable
+        part_names = {k: part.name for k, part in held.items()}
+        return method, parts.fill(turned, like, part_names, files.where)
 
 
 def _cut(x: np.ndarray, axis: int | None, rank: int) -> np.ndarray:

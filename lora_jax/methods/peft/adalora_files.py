@@ -78,16 +78,7 @@ def read(
         stored, parts={k: {n: _ours(n, v) for n, v in x.items()} for k, x in stored.parts.items()}
     )
     like = jax.eval_shape(lambda: method.init(jax.random.key(0), params))
-    trainable: dict[str, Any] = {}
-    for path, wanted in like.items():
-        if isinstance(wanted, Mapping):
-            trainable[path] = {
-                k: parts.gather(turned, path, n, wanted[k], files.where)
-                for k, n in zip("aeb", _NAMES, strict=True)
-            }
-        else:
-            trainable[path] = parts.whole_of(stored, path, wanted)
-    return method, trainable
+    return method, parts.fill(turned, like, dict(zip("aeb", _NAMES, strict=True)), files.where)
 
 
 def _ours(name: str, value: np.ndarray) -> np.ndarray:

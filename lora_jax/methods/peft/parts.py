@@ -190,6 +190,24 @@ def gather(stored: Stored, leaf: str, part: str, like: Any, where: str) -> jnp.n
     return jnp.asarray(np.stack(rows) if stacked else rows[0], like.dtype)
 
 
+def fill(
+    stored: Stored, like: Mapping[str, Any], names: Mapping[str, str], where: str
+) -> dict[str, Any]:
+    """What the file holds as a trainable tree.
+
+    Args:
+      stored: parts turned as ours are.
+      like: the tree's shapes; what is adapted is a dict.
+      names: of the parts, by our names in these.
+    """
+    return {
+        leaf: {k: gather(stored, leaf, names[k], x, where) for k, x in wanted.items()}
+        if isinstance(wanted, Mapping)
+        else whole_of(stored, leaf, wanted)
+        for leaf, wanted in like.items()
+    }
+
+
 def whole_of(stored: Stored, leaf: str, like: Any) -> jnp.ndarray:
     """A leaf trained whole, of all its layers."""
     values = [stored.whole[ours] for ours in partition.expand(leaf)]
