@@ -18,6 +18,7 @@ from lora_jax.methods.lora import LoRA
 from lora_jax.methods.peft import parts
 from lora_jax.methods.peft.lora_write import module_ranks_of
 from lora_jax.methods.peft.patterns import module_paths, rules
+from lora_jax.methods.peft.protocol import hf_module
 from lora_jax.methods.peft.targets import lookup, pattern_of
 from lora_jax.tensors.base import densify
 from lora_jax.tensors.low_rank import LowRank
@@ -160,7 +161,7 @@ class Structured(LoRA):
         every = module_paths(names.theirs)
         ranks, alphas = {}, {}
         for ours in stored.parts:
-            module = names.theirs[ours].rpartition(".")[0]
+            module = hf_module(names, ours)
             at = partition.module(ours)
             ranks[at] = int(lookup(config.get("rank_pattern"), module, config.get("r", 8)))
             alphas[at] = lookup(config.get("alpha_pattern"), module, config.get("alpha", 8))

@@ -16,7 +16,7 @@ from lora_jax.errors import UserError, nearest
 from lora_jax.methods.peft import fused, targets
 from lora_jax.methods.peft.lora_write import module_ranks_of
 from lora_jax.methods.peft.patterns import module_paths, regexes, rules
-from lora_jax.methods.peft.protocol import PREFIX, AdapterFiles, ModelNames
+from lora_jax.methods.peft.protocol import PREFIX, AdapterFiles, ModelNames, hf_module
 
 _FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
 # Options that change what an adapter computes or contains, and that are not implemented here.
@@ -235,7 +235,7 @@ def _factors(path: str, like: Any, stored: _Stored, names: ModelNames) -> dict[s
     b = np.zeros(like["b"].shape, np.float32)
     stacked = partition.stack_of(path) is not None
     for at, ours in enumerate(partition.expand(path)):
-        pair = stored.factors.get(names.theirs[ours].rpartition(".")[0])
+        pair = stored.factors.get(hf_module(names, ours))
         if pair is not None:
             a_l, b_l = (a[at], b[at]) if stacked else (a, b)
             a_l[:, : pair["A"].shape[0]] = pair["A"].T

@@ -16,7 +16,7 @@ from lora_jax import partition
 from lora_jax.errors import UserError, nearest
 from lora_jax.methods.peft import fused, targets
 from lora_jax.methods.peft.patterns import module_paths, regexes
-from lora_jax.methods.peft.protocol import PREFIX, AdapterFiles, ModelNames, NoPeftForm, hf_name
+from lora_jax.methods.peft.protocol import PREFIX, AdapterFiles, ModelNames, NoPeftForm, hf_module
 from lora_jax.methods.peft.whole import add_whole, host
 
 Parts = Mapping[str, Mapping[str, Any]]
@@ -49,7 +49,7 @@ def write(
     adapted: set[str] = set()
     for leaf, arrays in parts.items():
         for at, (ours, on) in enumerate(zip(partition.expand(leaf), live[leaf], strict=True)):
-            module = hf_name(names, ours).rpartition(".")[0]
+            module = hf_module(names, ours)
             if not on:
                 continue
             if fused.plain(module) != module and not gain:

@@ -87,3 +87,8 @@ def hf_name(names: ModelNames, ours: str) -> str:
     if ours not in names.theirs:
         raise NoPeftForm(f"{ours!r} has no Hugging Face name in this model's family")
     return names.theirs[ours]
+
+
+def hf_module(names: ModelNames, ours: str) -> str:
+    """The Hugging Face module that owns `hf_name`."""
+    return hf_name(names, ours).rpartition(".")[0]
