@@ -16,7 +16,14 @@ from lora_jax import partition
 from lora_jax.errors import UserError, nearest
 from lora_jax.methods.peft import fused, targets
 from lora_jax.methods.peft.patterns import module_paths, regexes
-from lora_jax.methods.peft.protocol import PREFIX, AdapterFiles, ModelNames, NoPeftForm, hf_module
+from lora_jax.methods.peft.protocol import (
+    PREFIX,
+    AdapterFiles,
+    ModelNames,
+    NoPeftForm,
+    hf_module,
+    refuse,
+)
 from lora_jax.methods.peft.whole import add_whole, host
 
 Parts = Mapping[str, Mapping[str, Any]]
@@ -144,9 +151,7 @@ def read(
         if targets.is_kept(files.config, module)
         and names.ours[name := f"{module}.{leaf}"] not in stored.whole
     ]
-    if odd:
-        more = f"; and {len(odd) - 6} more" if len(odd) > 6 else ""
-        raise UserError(f"{files.where} does not fit this model: {'; '.join(odd[:6])}{more}")
+    refuse(odd, f"{files.where} does not fit this model")
     leaves = list(names.theirs)
     modules = module_paths(stored.parts)
     stored.targets = tuple(regexes(modules, module_paths(leaves)))
