@@ -17,7 +17,7 @@ from lora_jax.methods import base, peft
 from lora_jax.methods.lora import LoRA
 from lora_jax.methods.peft import parts
 from lora_jax.methods.peft.lora_write import module_ranks_of
-from lora_jax.methods.peft.patterns import module_paths, rules
+from lora_jax.methods.peft.patterns import module_paths, rules, seven_digits
 from lora_jax.methods.peft.protocol import hf_module
 from lora_jax.methods.peft.targets import lookup, pattern_of
 from lora_jax.tensors.base import densify
@@ -129,7 +129,7 @@ class Structured(LoRA):
             one = {path: [int(r > 0) for r in layers]}
             pairs = [(s, r) for s, r in zip(np.atleast_1d(scales[path]), layers, strict=True) if r]
             for module, (s, r) in zip(module_ranks_of(names, one), pairs, strict=True):
-                alphas[module] = float(f"{float(s) * r:.7g}")
+                alphas[module] = seven_digits(float(s) * r)
         rank = Counter(module_ranks.values()).most_common(1)[0][0]
         alpha = Counter(alphas.values()).most_common(1)[0][0]
         whole = {p: v for p, v in trainable.items() if p not in ranks}

@@ -11,6 +11,7 @@ import numpy as np
 from lora_jax import partition
 from lora_jax.errors import UserError
 from lora_jax.methods.peft import fused
+from lora_jax.methods.peft.patterns import seven_digits
 from lora_jax.methods.peft.protocol import PREFIX, AdapterFiles, ModelNames, NoPeftForm, hf_module
 from lora_jax.methods.peft.targets import CLASSIFIERS, pattern_of, short_names, unit
 from lora_jax.methods.peft.whole import add_whole, host
@@ -110,8 +111,7 @@ def _add_factors(
 
 
 def _alpha(scale: float, rank: int, rslora: bool) -> float:
-    # Seven digits are what float32 scales carry: 15.9999995 was 16.
-    alpha = float(f"{float(scale) * (rank**0.5 if rslora else rank):.7g}")
+    alpha = seven_digits(float(scale) * (rank**0.5 if rslora else rank))
     return int(alpha) if alpha == int(alpha) else alpha
 
 
