@@ -87,6 +87,12 @@ class LoRA(base.Method):
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"dropout must be in [0, 1), not {self.dropout}")
 
+    def _left_out(self, *names: str, why: str) -> None:
+        """UserError where a subclass without these fields is given one of them."""
+        for name in names:
+            if getattr(self, name) != getattr(LoRA, name):
+                raise UserError(f"{type(self).__name__} {why}: leave out {name}")
+
     # Which leaves, with which ranks and scales.
 
     def ranks(self, params: Any) -> dict[str, list[int]]:

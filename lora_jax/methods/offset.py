@@ -38,9 +38,7 @@ class Offset(LoRA):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("start", "init_scale"):
-            if getattr(self, name) != getattr(LoRA, name):
-                raise UserError(f"{type(self).__name__} has a start of its own: leave out {name}")
+        self._left_out("start", "init_scale", why="has a start of its own")
 
     def starts(self, params: Any) -> Starts:
         """{"a": A0, "b": B0} by leaf path, zero where a layer has a smaller rank."""

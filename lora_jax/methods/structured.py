@@ -51,9 +51,7 @@ class Structured(LoRA):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("start", "init_scale"):
-            if getattr(self, name) != getattr(LoRA, name):
-                raise UserError(f"{type(self).__name__} has a start of its own: leave out {name}")
+        self._left_out("start", "init_scale", why="has a start of its own")
 
     def ranks(self, params: Any) -> dict[str, list[int]]:
         flat, found = partition.flatten(params), super().ranks(params)

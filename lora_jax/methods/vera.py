@@ -15,7 +15,6 @@ import numpy as np
 from lora_jax import partition
 from lora_jax.errors import UserError
 from lora_jax.methods import base, peft
-from lora_jax.methods.lora import LoRA
 from lora_jax.methods.peft import parts
 from lora_jax.methods.structured import Structured
 from lora_jax.tensors.low_rank import LowRank
@@ -55,9 +54,7 @@ class VeRA(Structured):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("alpha", "scaling", "start", "init_scale"):
-            if getattr(self, name) != getattr(LoRA, name):
-                raise UserError(f"VeRA has no {name}: leave it out")
+        self._left_out("alpha", "scaling", why="has no such choice")
 
     def ranks(self, params: Any) -> dict[str, list[int]]:
         found = super().ranks(params)
