@@ -14,9 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from given_folders import CONFIGS
+
 from lora_jax.tables import Computed, NotRun, Published, Row, Table
 
-CONFIG = str(Path(__file__).parents[1] / "configs" / "quickstart.py")
+CONFIG = str(CONFIGS / "quickstart.py")
 SHORT = {"evaluation.base_shots": (), "data.validation": "validation[:16]",
          "training.save_every": 0, "evaluation.show": 0}  # fmt: skip
 # On a busy machine it takes minutes to decode 16 words, and likewise to decompose all layers.
