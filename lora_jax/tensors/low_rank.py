@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.tensors import products, structure
-from lora_jax.tensors.base import Over, WeightError, is_weight
+from lora_jax.tensors.base import Over, WeightError, densify, is_weight
 
 _STATIC: dict[str, Any] = {"static": True}
 
@@ -72,7 +72,7 @@ class LowRank(Over):
         return list(self.batch_axes[len(self.batch_axes) - count :])
 
     def dense(self) -> jax.Array:
-        w = self.w.dense() if is_weight(self.w) else self.w
+        w = densify(self.w)
         return (w.astype(jnp.float32) + self.delta()).astype(w.dtype)
 
     def delta(self) -> jax.Array:

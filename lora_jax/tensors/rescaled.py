@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.tensors import structure
-from lora_jax.tensors.base import Over, apply_primitive, is_weight, wide
+from lora_jax.tensors.base import Over, apply_primitive, densify, is_weight, wide
 
 
 @jax.tree_util.register_dataclass
@@ -40,7 +40,7 @@ class Rescaled(Over):
         return self.gain.reshape((1,) * -extra + self.gain.shape)
 
     def dense(self) -> jax.Array:
-        w = self.w.dense() if is_weight(self.w) else self.w
+        w = densify(self.w)
         return (w.astype(wide(w.dtype)) * self.factor()).astype(w.dtype)
 
     def stacked(self) -> Any:
