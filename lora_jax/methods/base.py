@@ -28,7 +28,7 @@ S = TypeVar("S", bound="Method")
 
 
 def register(name: str, peft: Mapping[str, Any] | None = None) -> Callable[[M], M]:
-    """Class decorator: `config.method.name = name` then builds this class.
+    """Class decorator: `method.kind = name` in a config then builds this class.
 
     `peft` are the entries by which an adapter_config.json is known to be of this method, such as
     `{"peft_type": "LORA", "use_dora": True}`; of several methods that fit, the one with most
