@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.tensors import structure
-from lora_jax.tensors.base import Over, WeightError, apply_primitive, densify, is_weight
+from lora_jax.tensors.base import Over, WeightError, apply_primitive, densify, stacked
 
 
 @jax.tree_util.register_dataclass
@@ -41,7 +41,7 @@ class Probe(Over):
     def stacked(self) -> Any:
         if self.ndim == 2:
             raise WeightError(f"scan runs along an input or output axis of {self.path!r}")
-        w = self.w.stacked() if is_weight(self.w) else True
+        w = stacked(self.w)
         flags: dict[str, Any] = dict(w=w, moments=True, weights=False)
         return dataclasses.replace(self, **flags)
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from lora_jax.tensors import structure
-from lora_jax.tensors.base import Over, apply_primitive, densify, is_weight, wide
+from lora_jax.tensors.base import Over, apply_primitive, densify, is_weight, stacked, wide
 
 
 @jax.tree_util.register_dataclass
@@ -32,7 +32,7 @@ class Summed(Over):
         return (w.astype(wide(w.dtype)) + self.delta).astype(w.dtype)
 
     def stacked(self) -> Any:
-        w = self.w.stacked() if is_weight(self.w) else True
+        w = stacked(self.w)
         flags: dict[str, Any] = dict(w=w, delta=True)
         return dataclasses.replace(self, **flags)
 
