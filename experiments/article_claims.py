@@ -15,11 +15,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from given_folders import CONFIGS
+
 from lora_jax.errors import UserError
 from lora_jax.tables import Claim, Computed, NotRun, Row, Table, Trained
 
 MODEL = "smollm2-135m"
-CONFIGS = Path(__file__).parents[1] / "configs"
 GPT3 = str(CONFIGS / "gpt3_175b.py")
 # r=4 on query and value: the paper's section 4.2, "350GB to 35MB, roughly 10,000x".
 R4 = {"method.rank": 4, "method.alpha": 4.0}

@@ -36,7 +36,7 @@ from given_folders import mnist as mnist_config
 from lora_jax import analysis, runs, training
 from lora_jax.errors import UserError
 from lora_jax.experiment import to_dict
-from lora_jax.sweeps import grid, report, search
+from lora_jax.sweeps import grid, report
 from lora_jax.sweeps.sweep import Options, Sweep
 from lora_jax.tables import Computed, Row, Table
 from lora_jax.tables.related import Correlated, scatter
@@ -130,7 +130,7 @@ def swept(setting: Setting, optimizer: str, place: Path, seeds: tuple[int, ...])
     tried = [{**setting.arms[name], RATE: rate} for name, rate in arms]
     sweeps = {"arm": tried, "seed": [setting.seeds(seed) for seed in seeds]}
     sweep = Sweep(to_dict(base), sweeps, place, Options(), progress=False)
-    if any(search.result(sweep.folder, member) is None for member in sweep.members):
+    if sweep.waiting:
         sweep.run()
     found = report.table(sweep.members, sweep.folder).set_index("member")
     rows = []

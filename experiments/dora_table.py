@@ -6,14 +6,13 @@
 rank, MiniLM-L6 (extra `minilm`) on CoLA, where the published curve is of LLaMA-7B.
 """
 
-from pathlib import Path
-
 import minilm
+from given_folders import CONFIGS
 
 from lora_jax.tables import Counted, Published, Row, Table
 from lora_jax.tables.quoted import quoted
 
-SHAPED = str(Path(__file__).parents[1] / "configs" / "gpt3_175b.py")
+SHAPED = str(CONFIGS / "gpt3_175b.py")
 LLAMA_7B = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000,
     "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,

@@ -8,11 +8,12 @@ a step would need: lora-jax plan configs/gpt3_175b.py --topology v5e:8x8
 """
 
 import re
-from pathlib import Path
+
+from given_folders import CONFIGS
 
 from lora_jax.tables import Counted, NotRun, Published, Row, Table
 
-CONFIG = str(Path(__file__).parents[1] / "configs" / "gpt3_175b.py")
+CONFIG = str(CONFIGS / "gpt3_175b.py")
 PUBLISHED = "lora_t15_gpt3_sweep"
 WIDTH, LAYERS = 12288, 96
 NAMES = {"q": "query", "k": "key", "v": "value", "o": "out"}

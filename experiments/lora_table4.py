@@ -35,7 +35,6 @@ SMALL: dict[str, minilm.Method] = {
     "AdapterH r=8": ("adapter_h", {"size": 8}, (1e-3, 4e-3)),
 }
 NOTES = (
-    "printed ± of the paper: 0.5 WikiSQL, 0.1 MNLI, 0.2/0.2/0.1 SAMSum",
     "BitFit: a GPT-2 block has 11 biases of its width, 12.98M; 12 a layer would give the 14.2M",
 )
 

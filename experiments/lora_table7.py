@@ -14,9 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from given_folders import CONFIGS
+
 from lora_jax.tables import Computed, NotRun, Published, Row, Table
 
-CONFIG = str(Path(__file__).parents[1] / "configs" / "quickstart.py")
+CONFIG = str(CONFIGS / "quickstart.py")
 SHORT = {"evaluation.base_shots": (), "data.validation": "validation[:16]",
          "training.save_every": 0, "evaluation.show": 0}  # fmt: skip
 # On a busy machine it takes minutes to decode 16 words, and likewise to decompose all layers.
@@ -45,7 +47,7 @@ def runs_of(scale: str, folder: Path, seed: int) -> dict[tuple[int, int], Path]:
     All are members of one packed program.
     """
     from lora_jax.experiment import to_dict
-    from lora_jax.sweeps import grid, search
+    from lora_jax.sweeps import grid
     from lora_jax.sweeps.sweep import Options, Sweep
 
     smoke, steps = scale == "smoke", STEPS[scale]
@@ -64,7 +66,7 @@ def runs_of(scale: str, folder: Path, seed: int) -> dict[tuple[int, int], Path]:
     # A probe of what is faster takes longer than a step.
     options = Options(mode="packed" if smoke else "auto")
     sweep = Sweep(base, {"runs": overrides}, folder / f"seed{seed}", options, progress=False)
-    if any(search.result(sweep.folder, m) is None for m in sweep.members):
+    if sweep.waiting:
         sweep.run()
     return {key: sweep.folder / m.name for key, m in zip(wanted, sweep.grid, strict=True)}
 

@@ -12,10 +12,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from given_folders import CONFIGS
+
 from lora_jax.tables import Claim, Computed, Row, Table
 from lora_jax.tables.quoted import quoted
 
-CONFIG = str(Path(__file__).parents[1] / "configs" / "quickstart.py")
+CONFIG = str(CONFIGS / "quickstart.py")
 FULL = {"method.kind": "full", "optimizer.learning_rate": 5e-5}
 METRIC = "phoneme error rate"
 

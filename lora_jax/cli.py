@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:  # the program has just begun: JAX has started no threads
         host.keep_memory()
     try:
+        if overrides and not hasattr(args, "config"):
+            raise UserError("--config overrides are for commands that take a config file")
         args.command(args, overrides)
     except (UserError, OSError) as error:
         if args.traceback:
@@ -172,8 +174,6 @@ def _table(args: argparse.Namespace, overrides: list[str]) -> None:
     from lora_jax import tables
     from lora_jax.tables import kept, render
 
-    if overrides:
-        raise UserError("a table takes no --config overrides: its rows stand in its file")
     name, workdir = Path(args.experiment).stem, Path(args.workdir)
     table = tables.load(args.experiment, args.scale)
     cost = table.declared_cost(args.scale)
@@ -242,8 +242,6 @@ def _merge(args: argparse.Namespace, overrides: list[str]) -> None:
 def _analyze(args: argparse.Namespace, overrides: list[str]) -> None:
     from lora_jax import inside
 
-    if overrides:
-        raise UserError("analyze takes no --config overrides")
     options = inside.Options(
         against=args.against, base=args.base, dense=args.dense, modules=args.modules,
         weights=not args.no_weights, side=args.side, directions=args.directions, k=args.top,

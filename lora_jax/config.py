@@ -37,7 +37,8 @@ def load_file(spec: str) -> dict[str, Any]:
 def load_module(spec: str) -> types.ModuleType:
     """The module of a config file, `path.py` or `path.py:arg`.
 
-    It may import what lies beside it, as a script may.
+    It may import what lies beside it, as a script may, also later, in its functions: its folder
+    stays at the end of `sys.path`.
     """
     path = spec.partition(":")[0]
     if not Path(path).is_file():

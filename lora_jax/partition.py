@@ -91,6 +91,11 @@ def stack_of(path: str) -> tuple[int, int] | None:
     return None
 
 
+def stack_name(path: str) -> str:
+    """What the stack that `path` lies in is called: `layers` of `layers[0:2]/x`."""
+    return next(m["name"] for part in path.split("/") if (m := _STACK.match(part)))
+
+
 def expand(path: str) -> list[str]:
     """The paths a stacked path stands for: `l[0:2]/x` is `l/0/x`, `l/1/x`; others themselves."""
     parts = path.split("/")
@@ -157,6 +162,11 @@ def compiled(pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as error:
         raise UserError(f"{pattern!r} is not a regular expression: {error}") from None
+
+
+def listed(patterns: str | Sequence[str]) -> tuple[str, ...]:
+    """One regex or several, as a tuple."""
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
 def check_patterns(patterns: Iterable[str], paths: Iterable[str], what: str) -> None:

@@ -65,6 +65,12 @@ def test_bad_overrides_name_the_nearest(folder, override, message):
         experiment.from_dict(config.load_file(str(folder / "tiny.py")), [override])
 
 
+@pytest.mark.parametrize("words", [["eval", "runs/q"], ["list"], ["analyze", "runs/q"]])
+def test_overrides_without_a_config_are_not_passed_over(words, capsys):
+    assert cli.main([*words, "--config.seed=1"]) == 2
+    assert "commands that take a config file" in capsys.readouterr().err
+
+
 def test_quickstart_builds_and_is_complete():
     parsed = experiment.from_dict(config.load_file("configs/quickstart.py:steps=20,seed=3"))
     assert (parsed.training.steps, parsed.seed) == (20, 3)

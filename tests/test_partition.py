@@ -16,6 +16,7 @@ def test_expand_and_stack():
     ]
     assert partition.expand("embed/embedding") == ["embed/embedding"]
     assert partition.stack_of("layers[2:5]/mlp/kernel") == (2, 5)
+    assert partition.stack_name("layers[2:5]/mlp/kernel") == "layers"
 
 
 def test_split_and_combine_are_inverse():

@@ -17,7 +17,7 @@ import numpy as np
 from lora_jax import partition
 from lora_jax.errors import UserError
 from lora_jax.inside.update import Update, live_columns, placed
-from lora_jax.tensors.base import is_weight
+from lora_jax.tensors.base import densify, is_weight
 from lora_jax.tensors.low_rank import LowRank
 from lora_jax.tensors.updates import factors_of, low_rank_parts
 
@@ -98,11 +98,11 @@ def _on_host(old: Mapping[str, Any], changed: Mapping[str, Any]) -> tuple[Reader
 
     @functools.lru_cache(maxsize=1)
     def weight(path: str) -> np.ndarray:
-        return np.asarray(jax.device_get(_dense(old[path])))
+        return np.asarray(jax.device_get(densify(old[path])))
 
     @functools.lru_cache(maxsize=1)
     def difference(path: str) -> np.ndarray:
-        after = np.asarray(jax.device_get(_dense(changed[path])))
+        after = np.asarray(jax.device_get(densify(changed[path])))
         return after.astype(np.float32) - weight(path).astype(np.float32)
 
     return weight, difference
@@ -164,10 +164,6 @@ def _float32(params: Any) -> Any:
 
 def _is_matrix(path: str, leaf: Any) -> bool:
     return len(leaf.shape) - (partition.stack_of(path) is not None) >= 2
-
-
-def _dense(leaf: Any) -> Any:
-    return leaf.dense() if is_weight(leaf) else leaf
 
 
 def _axes_of(leaf: LowRank) -> Axes:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from lora_jax import partition, pretrained, runs
 from lora_jax.errors import UserError
@@ -19,9 +18,9 @@ from lora_jax.methods import FullFineTuning
 from lora_jax.methods.peft import PREFIX, lora_read, targets
 from lora_jax.pretrained import hub, own_form, staging
 from lora_jax.pretrained.folder import read_json
+from lora_jax.pretrained.peft import CONFIG, TENSORS, read_files
 
 _log = logging.getLogger(__name__)
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
 _HEAD = re.compile(r"(^|\.)(score|classifier(\.out_proj)?)(\.modules_to_save)?\.weight$")
 
@@ -114,7 +113,8 @@ def _model_options(folder: Path) -> dict[str, Any]:
         return {"head": None}
     if config.get("task_type") != "SEQ_CLS":
         return {}
-    for name, x in staging.read_whole(folder, _read)[1].items():
+    files, _ = staging.read_whole(folder, read_files)
+    for name, x in files.tensors.items():
         if name.startswith("head/") and name.endswith("kernel"):
             return {"head": "classification", "num_labels": x.shape[-1]}
         if _HEAD.search(name.removeprefix(PREFIX)):
@@ -124,7 +124,8 @@ def _model_options(folder: Path) -> dict[str, Any]:
 
 def _of_file(folder: Path, modules: str | None) -> list[Update]:
     """A PEFT LoRA from its two files alone."""
-    config, tensors = staging.read_whole(folder, _read)
+    files, _ = staging.read_whole(folder, read_files)
+    config, tensors = files.config, files.tensors
     kind = config.get("peft_type")
     if kind == own_form.PEFT_TYPE:
         kind = f"{config.get('method')}, in lora_jax's own form,"
@@ -167,14 +168,3 @@ def _update(
     if factors is None:
         return None
     return Update(name, None, "", (a.shape[0], b.shape[1]), factors)
-
-
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    config, file = read_json(folder / CONFIG), folder / TENSORS
-    if not file.is_file():
-        raise UserError(f"{file} does not exist (pickled adapters are not read)")
-    try:
-        with safe_open(file, framework="numpy") as handle:
-            return config, {n: handle.get_tensor(n) for n in handle.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{file} is not a whole safetensors file: {error}") from None

@@ -106,7 +106,7 @@ class Adapter(activations.ActivationMethod):
         """Cuts the stack above the layers without adapters."""
         if not self.drop:
             return params
-        names = {s.rsplit("/", 1)[-1].partition("[")[0] for s in activations.stacks(params)}
+        names = {partition.stack_name(s) for s in activations.stacks(params)}
         return partition.split_stacks(params, {name: [self.drop] for name in names})
 
     def _stacks(self, params: Any) -> list[str]:

@@ -28,7 +28,7 @@ S = TypeVar("S", bound="Method")
 
 
 def register(name: str, peft: Mapping[str, Any] | None = None) -> Callable[[M], M]:
-    """Class decorator: `config.method.name = name` then builds this class.
+    """Class decorator: `method.kind = name` in a config then builds this class.
 
     `peft` are the entries by which an adapter_config.json is known to be of this method, such as
     `{"peft_type": "LORA", "use_dora": True}`; of several methods that fit, the one with most
@@ -240,7 +240,7 @@ def whole_leaves(params: Any, patterns: tuple[str, ...]) -> list[str]:
         elif any(hits):
             start, _ = partition.stack_of(path) or (0, 0)
             cuts = [start + i for i in range(1, len(hits)) if hits[i] != hits[i - 1]]
-            stack = path[: path.index("[")].rsplit("/", 1)[-1]
+            stack = partition.stack_name(path)
             raise UserError(
                 f"train: {path!r} is stacked and only some of its layers match; cut it first: "
                 f"params = lora_jax.partition.split_stacks(params, {{{stack!r}: {cuts}}})"

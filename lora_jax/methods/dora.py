@@ -16,6 +16,7 @@ from lora_jax.errors import UserError
 from lora_jax.methods import base, peft
 from lora_jax.methods.lora import LoRA
 from lora_jax.methods.peft import fused
+from lora_jax.methods.peft.protocol import hf_module
 from lora_jax.methods.peft.whole import host
 from lora_jax.tensors.dora import column_squares, dora
 
@@ -88,7 +89,7 @@ class DoRA(LoRA):
             layers = m if partition.stack_of(leaf) is not None else m[None]
             for ours, rank, row in zip(partition.expand(leaf), ranks, layers, strict=True):
                 if rank:
-                    module = peft.protocol.hf_name(names, ours).rpartition(".")[0]
+                    module = hf_module(names, ours)
                     magnitudes[module] = row
         if names.tied and names.tied_embedding in magnitudes:
             raise peft.NoPeftForm("PEFT's DoRA of a head has magnitudes of its own, also if tied")
@@ -129,7 +130,7 @@ class DoRA(LoRA):
             wanted, rows = like[leaf]["m"], []
             stacked = partition.stack_of(leaf) is not None
             for ours, rank in zip(partition.expand(leaf), ranks, strict=True):
-                module = names.theirs[ours].rpartition(".")[0]
+                module = hf_module(names, ours)
                 size = wanted.shape[stacked:]
                 if rank and (module not in found or found[module].shape != size):
                     raise UserError(

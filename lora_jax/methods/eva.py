@@ -16,7 +16,7 @@ from lora_jax.errors import UserError
 from lora_jax.methods import base, looking
 from lora_jax.methods.lora import LoRA
 from lora_jax.methods.offset import as_factors
-from lora_jax.methods.peft.patterns import module_paths, rules
+from lora_jax.methods.peft.patterns import module_paths, rules, seven_digits
 from lora_jax.tensors.probe import Probe
 
 
@@ -80,7 +80,7 @@ class EVA(LoRA):
                 old = float(partition.Rules.of(self.alpha).get(ours, 0.0))
                 by_module[partition.module(ours)] = r
                 if path in kept:
-                    alphas[partition.module(ours)] = float(f"{old * (r / self.rank) ** power:.7g}")
+                    alphas[partition.module(ours)] = seven_digits(old * (r / self.rank) ** power)
         method = dataclasses.replace(self, rank=rules(by_module, every), alpha=rules(alphas, every))
         return looking.with_start(method, start)
 

@@ -63,7 +63,7 @@ class GaLore(FullFineTuning):
 
     def projected(self, tree: Mapping[str, Any]) -> list[str]:
         """The paths of the leaves that are projected, of a trainable tree."""
-        patterns = (self.targets,) if isinstance(self.targets, str) else self.targets
+        patterns = partition.listed(self.targets)
         every = [e for p in tree for e in partition.expand(p)]
         partition.check_patterns(patterns, every, "targets")
         found = []

@@ -17,7 +17,7 @@ from lora_jax.methods import base, peft
 from lora_jax.methods.lora import Layout, LoRA
 from lora_jax.methods.peft import parts
 from lora_jax.methods.peft.patterns import module_paths, regexes
-from lora_jax.methods.peft.protocol import hf_name
+from lora_jax.methods.peft.protocol import hf_module
 from lora_jax.methods.peft.targets import short_names
 from lora_jax.tensors.base import densify
 from lora_jax.tensors.rescaled import Rescaled
@@ -56,8 +56,7 @@ class IA3(base.Method):
         return LoRA(rank=1, targets=self.targets, train=self.train, layouts=self.layouts)
 
     def _feedforward(self) -> tuple[str, ...]:
-        patterns = self.feedforward
-        return tuple(p for p in ((patterns,) if isinstance(patterns, str) else patterns) if p)
+        return tuple(p for p in partition.listed(self.feedforward) if p)
 
     def _inner(self, path: str) -> bool:
         """Whether it is the leaf's inputs that are rescaled."""
@@ -154,7 +153,7 @@ class IA3(base.Method):
             l = parts.layers_of(path, l)  # noqa: E741
             held[path] = {_PART: l[:, None, :] if self._inner(path) else l[:, :, None]}
             if self._inner(path):
-                inner += [hf_name(names, e).rpartition(".")[0] for e in partition.expand(path)]
+                inner += [hf_module(names, e) for e in partition.expand(path)]
         on = {p: (np.atleast_1d(x) > 0).tolist() for p, x in live.items()}
         whole = {p: v for p, v in trainable.items() if p not in live}
         config = {

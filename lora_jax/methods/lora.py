@@ -87,6 +87,12 @@ class LoRA(base.Method):
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"dropout must be in [0, 1), not {self.dropout}")
 
+    def _left_out(self, *names: str, why: str) -> None:
+        """UserError where a subclass without these fields is given one of them."""
+        for name in names:
+            if getattr(self, name) != getattr(LoRA, name):
+                raise UserError(f"{type(self).__name__} {why}: leave out {name}")
+
     # Which leaves, with which ranks and scales.
 
     def ranks(self, params: Any) -> dict[str, list[int]]:
@@ -100,7 +106,7 @@ class LoRA(base.Method):
         return found
 
     def _patterns(self) -> tuple[str, ...]:
-        return (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+        return partition.listed(self.targets)
 
     def _ranks_of(self, params: Any) -> dict[str, list[int]]:
         """`ranks` of a tree that may be a part of the base's, where a pattern has no leaf."""

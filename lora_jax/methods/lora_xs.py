@@ -40,9 +40,7 @@ class LoRAXS(LoRA):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("start", "init_scale"):
-            if getattr(self, name) != getattr(LoRA, name):
-                raise UserError(f"LoRA-XS starts from sigma: leave out {name}")
+        self._left_out("start", "init_scale", why="starts from sigma")
 
     def projections(self, params: Any) -> Starts:
         """{"a": U·S, "b": Vᵀ} by leaf path."""

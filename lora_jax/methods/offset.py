@@ -20,7 +20,7 @@ from lora_jax.errors import UserError
 from lora_jax.methods import base, peft
 from lora_jax.methods.lora import LoRA
 from lora_jax.methods.plain import plain_lora
-from lora_jax.tensors.base import is_weight
+from lora_jax.tensors.base import densify
 from lora_jax.tensors.low_rank import LowRank
 
 Starts = dict[str, dict[str, jax.Array]]
@@ -38,9 +38,7 @@ class Offset(LoRA):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("start", "init_scale"):
-            if getattr(self, name) != getattr(LoRA, name):
-                raise UserError(f"{type(self).__name__} has a start of its own: leave out {name}")
+        self._left_out("start", "init_scale", why="has a start of its own")
 
     def starts(self, params: Any) -> Starts:
         """{"a": A0, "b": B0} by leaf path, zero where a layer has a smaller rank."""
@@ -135,7 +133,7 @@ class Offset(LoRA):
 
 def matrices(leaf: Any, layout: Any) -> jax.Array:
     """A leaf as float32 matrices [*batch, in, out], with input and output axes flattened."""
-    w = leaf.dense() if is_weight(leaf) else leaf
+    w = densify(leaf)
     shape = tuple(w.shape)
     order = [i for letter in "bio" for i, x in enumerate(layout.letters) if x == letter]
     sizes = {k: layout.sizes(shape, k) for k in "bio"}

@@ -86,7 +86,7 @@ class TopLayers(FullFineTuning):
         ends: dict[str, int] = {}
         for path in partition.flatten(params):
             if (span := partition.stack_of(path)) is not None:
-                name = next(p for p in path.split("/") if partition.stack_of(p)).partition("[")[0]
+                name = partition.stack_name(path)
                 ends[name] = max(ends.get(name, 0), span[1])
         if not ends:
             raise UserError("ft_top needs layers in a stack (`layers[0:12]`); this tree has none")

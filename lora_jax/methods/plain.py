@@ -13,7 +13,7 @@ from lora_jax import partition
 from lora_jax.errors import UserError
 from lora_jax.methods import base
 from lora_jax.methods.lora import LoRA
-from lora_jax.methods.peft.patterns import module_paths, regexes, rules
+from lora_jax.methods.peft.patterns import module_paths, regexes, rules, seven_digits
 from lora_jax.methods.peft.whole import host
 
 Columns = Mapping[str, Sequence[Sequence[int]]]
@@ -44,7 +44,7 @@ def plain_lora(
                 module = partition.module(ours)
                 ranks[module] = len(chosen)
                 root = len(chosen) ** (0.5 if method.scaling == "rslora" else 1.0)
-                alphas[module] = float(f"{float(s) * root:.7g}")
+                alphas[module] = seven_digits(float(s) * root)
     if not ranks:
         raise UserError("no column is left in any layer: there is nothing to keep of the update")
     every = module_paths(e for p in flat for e in partition.expand(p))

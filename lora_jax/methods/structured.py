@@ -17,7 +17,8 @@ from lora_jax.methods import base, peft
 from lora_jax.methods.lora import LoRA
 from lora_jax.methods.peft import parts
 from lora_jax.methods.peft.lora_write import module_ranks_of
-from lora_jax.methods.peft.patterns import module_paths, rules
+from lora_jax.methods.peft.patterns import module_paths, rules, seven_digits
+from lora_jax.methods.peft.protocol import hf_module
 from lora_jax.methods.peft.targets import lookup, pattern_of
 from lora_jax.tensors.base import densify
 from lora_jax.tensors.low_rank import LowRank
@@ -50,9 +51,7 @@ class Structured(LoRA):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("start", "init_scale"):
-            if getattr(self, name) != getattr(LoRA, name):
-                raise UserError(f"{type(self).__name__} has a start of its own: leave out {name}")
+        self._left_out("start", "init_scale", why="has a start of its own")
 
     def ranks(self, params: Any) -> dict[str, list[int]]:
         flat, found = partition.flatten(params), super().ranks(params)
@@ -128,7 +127,7 @@ class Structured(LoRA):
             one = {path: [int(r > 0) for r in layers]}
             pairs = [(s, r) for s, r in zip(np.atleast_1d(scales[path]), layers, strict=True) if r]
             for module, (s, r) in zip(module_ranks_of(names, one), pairs, strict=True):
-                alphas[module] = float(f"{float(s) * r:.7g}")
+                alphas[module] = seven_digits(float(s) * r)
         rank = Counter(module_ranks.values()).most_common(1)[0][0]
         alpha = Counter(alphas.values()).most_common(1)[0][0]
         whole = {p: v for p, v in trainable.items() if p not in ranks}
@@ -160,7 +159,7 @@ class Structured(LoRA):
         every = module_paths(names.theirs)
         ranks, alphas = {}, {}
         for ours in stored.parts:
-            module = names.theirs[ours].rpartition(".")[0]
+            module = hf_module(names, ours)
             at = partition.module(ours)
             ranks[at] = int(lookup(config.get("rank_pattern"), module, config.get("r", 8)))
             alphas[at] = lookup(config.get("alpha_pattern"), module, config.get("alpha", 8))
@@ -171,16 +170,8 @@ class Structured(LoRA):
         like = jax.eval_shape(lambda: method.init(jax.random.key(0), params))
         ours_first = {leaf: {n: x.T for n, x in of.items()} for leaf, of in stored.parts.items()}
         turned = dataclasses.replace(stored, parts=ours_first)
-        trainable: base.Trainable = {}
-        for path, wanted in like.items():
-            if isinstance(wanted, dict):
-                trainable[path] = {
-                    k: parts.gather(turned, path, held[k].name, x, files.where)
-                    for k, x in wanted.items()
-                }
-            else:
-                trainable[path] = parts.whole_of(stored, path, wanted)
-        return method, trainable
+        part_names = {k: part.name for k, part in held.items()}
+        return method, parts.fill(turned, like, part_names, files.where)
 
 
 def _cut(x: np.ndarray, axis: int | None, rank: int) -> np.ndarray:

@@ -104,7 +104,7 @@ class Subspace(base.Method):
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        return (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+        return partition.listed(self.targets)
 
     def spans(self, params: Any) -> list[Span]:
         """The covered leaves, in an order that cutting a stack in segments does not change.
@@ -153,8 +153,7 @@ class Subspace(base.Method):
                 tuple(any(partition.matches(p, e) for p in g) for g in (self.train, self.patterns))
                 for e in partition.expand(path)
             ]
-            name = next(p for p in path.split("/") if partition.stack_of(p)).partition("[")[0]
-            cuts.setdefault(name, []).extend(
+            cuts.setdefault(partition.stack_name(path), []).extend(
                 span[0] + i + 1 for i, (a, b) in enumerate(itertools.pairwise(kinds)) if a != b
             )
         return partition.split_stacks(params, cuts)

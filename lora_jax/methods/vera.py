@@ -15,13 +15,12 @@ import numpy as np
 from lora_jax import partition
 from lora_jax.errors import UserError
 from lora_jax.methods import base, peft
-from lora_jax.methods.lora import LoRA
 from lora_jax.methods.peft import parts
 from lora_jax.methods.structured import Structured
 from lora_jax.tensors.low_rank import LowRank
 from lora_jax.tensors.vera import VeraWeight
 
-_D, _B = "vera_lambda_d", "vera_lambda_b"
+_PARTS = {"d": "vera_lambda_d", "b": "vera_lambda_b"}
 _SHARED = ("base_model.vera_A", "base_model.vera_B")
 
 
@@ -55,9 +54,7 @@ class VeRA(Structured):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("alpha", "scaling", "start", "init_scale"):
-            if getattr(self, name) != getattr(LoRA, name):
-                raise UserError(f"VeRA has no {name}: leave it out")
+        self._left_out("alpha", "scaling", why="has no such choice")
 
     def ranks(self, params: Any) -> dict[str, list[int]]:
         found = super().ranks(params)
@@ -116,7 +113,7 @@ class VeRA(Structured):
         files = parts.write(
             names,
             {
-                p: {n: parts.layers_of(p, trainable[p][k]) for k, n in (("d", _D), ("b", _B))}
+                p: {n: parts.layers_of(p, trainable[p][k]) for k, n in _PARTS.items()}
                 for p in ranks
             },
             ranks,
@@ -142,7 +139,7 @@ class VeRA(Structured):
     ) -> tuple[VeRA, base.Trainable]:
         config = files.config
         stored = parts.read(
-            files, names, (_D, _B), shared=_SHARED,
+            files, names, tuple(_PARTS.values()), shared=_SHARED,
             known={"r", "save_projection", "projection_prng_key", "d_initial", "vera_dropout",
                    "bias", "init_weights"},
         )  # fmt: skip
@@ -163,16 +160,7 @@ class VeRA(Structured):
             method = copy.copy(method)
             object.__setattr__(method, "_shared", shared)  # no field: it is in the file
         like = jax.eval_shape(lambda: method.init(jax.random.key(0), params))
-        trainable: base.Trainable = {}
-        for path, wanted in like.items():
-            if isinstance(wanted, dict):
-                trainable[path] = {
-                    k: parts.gather(stored, path, n, wanted[k], files.where)
-                    for k, n in (("d", _D), ("b", _B))
-                }
-            else:
-                trainable[path] = parts.whole_of(stored, path, wanted)
-        return method, trainable
+        return method, parts.fill(stored, like, _PARTS, files.where)
 
 
 def _equal(a: Mapping[str, jax.Array], b: Mapping[str, jax.Array]) -> bool:

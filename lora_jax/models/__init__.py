@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 
-from lora_jax.errors import UserError
+from lora_jax.errors import UserError, nearest
 from lora_jax.models.family import Family, TensorSpec
 from lora_jax.models.sites import Site, prompt_length
 
@@ -37,9 +36,6 @@ def family_for(model_type: str) -> Family:
     """
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    near = difflib.get_close_matches(str(model_type), FAMILIES, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
     raise UserError(
-        f"no model family reads model_type {model_type!r}; supported: "
-        f"{', '.join(sorted(FAMILIES))}.{hint}"
+        f"no model family reads model_type {model_type!r}; {nearest(str(model_type), FAMILIES)}"
     )

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from lora_jax import bases, training
 from lora_jax.errors import UserError
@@ -52,9 +51,6 @@ def plan_config(
 
 class Sketch(Workbench):
     """A workbench whose parameters are `ShapeDtypeStruct`s and whose data is one long example."""
-
-    def __init__(self, experiment: Experiment, mesh: Mesh | None = None):
-        super().__init__(experiment, mesh)
 
     @functools.cached_property
     def loaded(self) -> tuple[Any, Any]:

@@ -51,6 +51,12 @@ def packaged_file(alias: str) -> Path:
     )
 
 
+def is_name(source: str) -> bool:
+    """Whether it can be a hub name, `owner/model`; else it was meant as a path or an alias."""
+    shaped = re.fullmatch(r"[\w.-]+/[\w.-]+", source)
+    return shaped is not None and source[0] not in ".~" and not source.endswith(".gguf")
+
+
 def resolve(source: str | os.PathLike[str]) -> Path:
     """The folder or .gguf file that `source` names, downloading it from the hub if it must.
 
@@ -68,8 +74,7 @@ def resolve(source: str | os.PathLike[str]) -> Path:
             f"{name} is a file, but not a .gguf; give the folder that holds config.json and "
             "model.safetensors"
         )
-    # What a hub name can be; anything else was meant as a path or an alias.
-    if path.suffix != ".gguf" and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and name[0] not in ".~":
+    if is_name(name):
         return _download(name)
     raise UserError(
         f"no model {name!r}: not an alias, not a folder or .gguf file here, and not a hub name "

@@ -179,7 +179,7 @@ def load_adapter(
       UserError: another base, an option that is not implemented, or tensors that do not fit.
     """
     folder = Path(path) if is_there(Path(path)) else hub.resolve(path)
-    files, metadata = read_whole(folder, _read)
+    files, metadata = read_whole(folder, read_files)
     if provenance.KEY in metadata and not force:
         here = base_sha256 or provenance.model_sha256(model)
         provenance.check(folder, metadata, here)
@@ -225,7 +225,8 @@ def _reader(files: AdapterFiles) -> type[Method]:
     return max(fits, key=lambda cls: len(cls.peft_entries))
 
 
-def _read(folder: Path) -> tuple[AdapterFiles, dict[str, str]]:
+def read_files(folder: Path) -> tuple[AdapterFiles, dict[str, str]]:
+    """(an adapter's two files, the header's metadata), whatever form it is in."""
     config, file = read_json(folder / CONFIG), folder / TENSORS
     if not file.is_file():
         if (folder / "adapter_model.bin").is_file():

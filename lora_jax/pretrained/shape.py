@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,7 @@ def hf_config(source: str, shape: Mapping[str, Any] | None = None) -> dict[str, 
     path = Path(source).expanduser()
     if path.is_dir():
         return read_json(path / "config.json")
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.exists()
-    if on_hub and source not in hub.ALIASES and path.suffix != ".gguf":
+    if hub.is_name(source) and not path.exists():
         return _from_hub(source)
     return dict(open_source(source).config)
 

@@ -40,12 +40,6 @@ class Projection:
         """P·x: [d] -> [D], linear in x."""
         raise TypeError(f"{type(self).__name__} does not define apply")
 
-    def adjoint(self, key: jax.Array, numbers: Mapping[str, Any], y: jax.Array) -> jax.Array:
-        """P*·y: [D] -> [d], exactly the transpose that differentiation uses."""
-        like = jax.ShapeDtypeStruct(numbers["scale"].shape, y.dtype)
-        (x,) = jax.linear_transpose(lambda x: self.apply(key, numbers, x), like)(y)
-        return x
-
 
 def columns(key: jax.Array, d: int) -> jax.Array:
     """A key a coordinate: [d]."""

@@ -41,7 +41,7 @@ def table(members: Iterable[Member], folder: Path) -> pd.DataFrame:
             {
                 "member": member.name,
                 **set_,
-                "status": result.get("status", "finished"),
+                "status": result["status"],
                 **result["metrics"],
                 "trainable_params": result.get("trainable_params"),
                 "seconds": result["seconds"],

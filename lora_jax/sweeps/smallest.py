@@ -116,7 +116,7 @@ class Smallest:
             asked.extend(sizes)
             # All sizes so far: those that are done are not run, and the tables show them too.
             sweep = Sweep(self.base, self._overrides(asked), folder, options or Options(), progress)
-            if any(search.result(sweep.folder, m) is None for m in sweep.members):
+            if sweep.waiting:
                 sweep.run()
             metric = self.metric or sweep.task.principal
             new = []
@@ -147,7 +147,7 @@ class Smallest:
 
     def _metric(self, result: Mapping[str, Any], metric: str, size: float, seed: int) -> float:
         """Of a run; a member that ended early (`status`) has diverged."""
-        ended = result.get("status", "finished") != "finished"
+        ended = result["status"] != "finished"
         value = None if ended else result["metrics"].get(metric)
         if value is not None and math.isfinite(value):
             return float(value)

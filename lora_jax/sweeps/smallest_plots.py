@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.errors import UserError
+from lora_jax.sweeps.plots import new_figure
 from lora_jax.sweeps.smallest import Found
 from lora_jax.sweeps.threshold import curve
 
@@ -24,16 +25,11 @@ def compare(found: Mapping[str, Found], path: Path, metric: str = "metric") -> P
     """
     if not found:
         raise UserError("no thresholds to compare")
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    height = 3.4 + 0.45 * len(found)
-    figure, (above, below) = pyplot.subplots(
-        2, 1, sharex=True, figsize=(7, height), layout="constrained",
-        height_ratios=(3.0, 0.5 + 0.45 * len(found)),
-    )  # fmt: skip
+    figure = Figure(figsize=(7, 3.4 + 0.45 * len(found)), layout="constrained")
+    ratios = (3.0, 0.5 + 0.45 * len(found))
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=ratios)
     for place, (name, one) in enumerate(found.items()):
         colour = f"C{place % 10}"
         _curve(above, name, one, colour)
@@ -44,7 +40,6 @@ def compare(found: Mapping[str, Found], path: Path, metric: str = "metric") -> P
     below.set_yticks(range(len(found)), list(found)[::-1])
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
     return path
 
 
@@ -89,12 +84,7 @@ def over(found: Mapping[float, Found], path: Path, label: str) -> Path:
     """
     if not found:
         raise UserError("no thresholds to draw")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure, axes = new_figure()
     for x, one in sorted(found.items()):
         t, sizes = one.threshold, [r.size for r in one.runs]
         if t.size is None:
@@ -109,5 +99,4 @@ def over(found: Mapping[float, Found], path: Path, label: str) -> Path:
     axes.set(xscale="log", yscale="log", xlabel=label, ylabel=name)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
     return path

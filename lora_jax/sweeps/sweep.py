@@ -129,13 +129,18 @@ class Sweep:
     def folder(self) -> Path:
         return self.workdir / "members"
 
+    @property
+    def waiting(self) -> list[Member]:
+        """The members without a result."""
+        return [m for m in self.members if search.result(self.folder, m) is None]
+
     @functools.cached_property
     def task(self) -> Any:
         return self.members[0].experiment.data.task
 
     def run(self) -> dict[str, Any]:
         began = time.perf_counter()
-        waiting = [m for m in self.members if search.result(self.folder, m) is None]
+        waiting = self.waiting
         print(f"{len(self.members)} members, {len(waiting)} to run", flush=True)
         stopper = self._halving()
         plans = self._plan(waiting)
@@ -284,9 +289,8 @@ class Sweep:
         return study, done
 
     def _finished(self, member: Member, result: dict[str, Any]) -> None:
-        status = result.get("status", "finished")
-        if status != "finished":
-            print(f"{member.name} {member.overrides}: {status}", flush=True)
+        if result["status"] != "finished":
+            print(f"{member.name} {member.overrides}: {result['status']}", flush=True)
         report.write_csv(report.table(self.members, self.folder), self.workdir / report.CSV)
 
     # Results.

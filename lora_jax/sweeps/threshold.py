@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -27,35 +27,6 @@ class Run:
     size: float
     seed: int
     metric: float
-
-
-def runs_of(
-    rows: Iterable[Mapping[str, Any]],
-    *,
-    size: str,
-    seed: str,
-    metric: str,
-    diverged: float | None = None,
-) -> list[Run]:
-    """Runs from the rows of a sweep's table, by the names of its columns.
-
-    Args:
-      diverged: what a run without a metric counts as, such as the metric at chance.
-
-    Raises UserError for a run without a metric where `diverged` does not say.
-    """
-    found = []
-    for row in rows:
-        value = row.get(metric)
-        if value is None or not math.isfinite(value):
-            if diverged is None:
-                raise UserError(
-                    f"the run with {size}={row[size]}, {seed}={row[seed]} has no {metric}: say "
-                    "what it counts as (diverged=…)"
-                )
-            value = diverged
-        found.append(Run(float(row[size]), int(row[seed]), float(value)))
-    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +220,7 @@ def _by_size(runs: Sequence[Run]) -> dict[float, np.ndarray]:
         if not math.isfinite(r.metric):
             raise UserError(
                 f"the run of size {r.size:g}, seed {r.seed}, has the metric {r.metric}: say what "
-                "it counts as, such as the metric at chance (`runs_of(…, diverged=…)`)"
+                "it counts as, such as the metric at chance (`Smallest(…, diverged=…)`)"
             )
     ordered = sorted(runs, key=lambda r: (r.size, r.seed))
     sizes = sorted({r.size for r in runs})

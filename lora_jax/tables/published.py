@@ -58,13 +58,12 @@ class Published:
             raise UserError(f"{self.table}.csv has no number in {self.column!r} of {self.where}")
         about = index().loc[self.table]
         std = found.get(f"{self.column}_std", "")
-        own = [str(found[n]) for n in ("status", "note") if found.get(n)]
         return Cited(
             value=_number(found[self.column]) * self.times,
             std=float(std) * self.times if std else None,
             status=str(found.get("status") or about["status"]),
             source=f"{about['paper']}, {about['caption'].partition(':')[0]}",
-            notes="; ".join([*([str(about["notes"])] if about["notes"] else []), *own[1:]]),
+            notes="; ".join(str(x) for x in (about["notes"], found.get("note")) if x),
         )
 
 
@@ -95,7 +94,7 @@ def _number(text: str) -> float:
 
 @functools.cache
 def index() -> pd.DataFrame:
-    """All published tables: paper, caption, status, source, notes, by name."""
+    """All published tables: paper, caption, status, notes, by name."""
     return _read("_index").set_index("id")
 
 

@@ -152,8 +152,7 @@ class Trained:
     @staticmethod
     def _run(sweep: Sweep) -> float:
         """Seconds that it took; nothing where all is there already."""
-        waiting = [m for m in sweep.members if search.result(sweep.folder, m) is None]
-        return float(sweep.run()["seconds"]) if waiting else 0.0
+        return float(sweep.run()["seconds"]) if sweep.waiting else 0.0
 
     @staticmethod
     def _spent(folder: Path, seconds: float) -> float:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.extend import core as jex
 
-from lora_jax.tensors.base import WeightError, is_weight
+from lora_jax.tensors.base import WeightError, is_weight, stacked
 
 Handler = Callable[[Any, list[Any], str], Sequence[Any]]
 
@@ -197,7 +197,7 @@ def _scan(eqn: Any, values: list[Any], caller: str) -> Sequence[Any]:
 def _split_stacked(xs: list[Any]) -> tuple[list[Any], list[Any], Any, list[bool]]:
     """Scanned inputs as flat arrays: those that are sliced, those that every step shares."""
     leaves, treedef = jax.tree.flatten(xs)
-    flags = [x.stacked() if is_weight(x) else True for x in xs]
+    flags = [stacked(x) for x in xs]
     mask = jax.tree.leaves(flags)
     sliced = [x for x, m in zip(leaves, mask, strict=True) if m]
     whole = [x for x, m in zip(leaves, mask, strict=True) if not m]

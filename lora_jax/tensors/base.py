@@ -98,6 +98,11 @@ def is_weight(x: Any) -> bool:
     return getattr(type(x), "is_weight", False)
 
 
+def stacked(x: Any) -> Any:
+    """`Weight.stacked` of a weight; True for an array."""
+    return x.stacked() if is_weight(x) else True
+
+
 def wide(dtype: Any) -> Any:
     """What products are summed in: float32, or the wider type of what is multiplied."""
     return jnp.promote_types(dtype, jnp.float32)

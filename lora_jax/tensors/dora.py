@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.tensors.adapt import adapt
-from lora_jax.tensors.base import apply_primitive, is_weight, wide
+from lora_jax.tensors.base import apply_primitive, densify, wide
 from lora_jax.tensors.low_rank import LowRank
 from lora_jax.tensors.rescaled import Rescaled
 
@@ -60,7 +60,7 @@ def column_squares(w: Any, in_axes: Sequence[int]) -> jax.Array:
       w: the weight; one that is not an array is made dense for this.
       in_axes: its input axes.
     """
-    w = w.dense() if is_weight(w) else w
+    w = densify(w)
     w = w.astype(wide(w.dtype))
     return jnp.sum(w * w, axis=tuple(in_axes))
 

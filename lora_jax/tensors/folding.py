@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.tensors import structure
-from lora_jax.tensors.base import Over, WeightError, is_weight
+from lora_jax.tensors.base import Over, WeightError, stacked
 from lora_jax.tensors.low_rank import LowRank
 
 
@@ -58,7 +58,7 @@ class Folding(Over):
         if n == 0:
             raise WeightError(f"scan runs along an input or output axis of {self.path!r}")
         flags: dict[str, Any] = dict(
-            w=self.w.stacked() if is_weight(self.w) else True,
+            w=stacked(self.w),
             parts={k: x.ndim - self.OWN_AXES[k] == n for k, x in self.parts.items()},
             scale=jnp.ndim(self.scale) == n,
             key=None if self.key is None else self.key.ndim == n,

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.tensors import structure
-from lora_jax.tensors.base import Over, WeightError, apply_primitive, is_weight, wide
+from lora_jax.tensors.base import Over, WeightError, apply_primitive, densify, stacked, wide
 from lora_jax.tensors.low_rank import LowRank
 
 
@@ -48,13 +48,13 @@ class Kronecker(Over):
         return product * scale.reshape(scale.shape + (1,) * (self.ndim - scale.ndim))
 
     def dense(self) -> jax.Array:
-        w = self.w.dense() if is_weight(self.w) else self.w
+        w = densify(self.w)
         return (w.astype(wide(w.dtype)) + self.delta()).astype(w.dtype)
 
     def stacked(self) -> Any:
         if self.ndim == 2:
             raise WeightError(f"scan runs along an input or output axis of {self.path!r}")
-        w = self.w.stacked() if is_weight(self.w) else True
+        w = stacked(self.w)
         flags: dict[str, Any] = dict(
             w=w,
             c=True,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.tensors import products, structure
-from lora_jax.tensors.base import Over, WeightError, is_weight
+from lora_jax.tensors.base import Over, WeightError, densify, stacked
 
 _STATIC: dict[str, Any] = {"static": True}
 
@@ -72,7 +72,7 @@ class LowRank(Over):
         return list(self.batch_axes[len(self.batch_axes) - count :])
 
     def dense(self) -> jax.Array:
-        w = self.w.dense() if is_weight(self.w) else self.w
+        w = densify(self.w)
         return (w.astype(jnp.float32) + self.delta()).astype(w.dtype)
 
     def delta(self) -> jax.Array:
@@ -101,7 +101,7 @@ class LowRank(Over):
         if n == 0:
             raise WeightError(f"scan runs along an input or output axis of {self.path!r}")
         flags: dict[str, Any] = dict(
-            w=self.w.stacked() if is_weight(self.w) else True,
+            w=stacked(self.w),
             a=self.a.ndim - len(self.in_axes) - 1 == n,
             b=self.b.ndim - len(self.out_axes) - 1 == n,
             scale=jnp.ndim(self.scale) == n,

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.tensors.base import Weight, WeightError, apply_primitive, is_weight
+from lora_jax.tensors.base import Weight, WeightError, apply_primitive, stacked
 
 _STATIC: dict[str, Any] = {"static": True}
 
@@ -79,7 +79,7 @@ class Members(Weight):
         w = self.w
         if w is not None:
             flags = jax.tree.leaves(over(self.member(0).stacked(), None, self.depth))
-            w = w.stacked() if is_weight(w) else True
+            w = stacked(w)
         new: dict[str, Any] = dict(w=w, arrays=tuple(flags), rows=False)
         return dataclasses.replace(self, **new)
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.tensors import structure
-from lora_jax.tensors.base import Over, WeightError, apply_primitive, is_weight
+from lora_jax.tensors.base import Over, WeightError, apply_primitive, densify, stacked
 
 
 @jax.tree_util.register_dataclass
@@ -36,12 +36,12 @@ class Probe(Over):
     path: str = dataclasses.field(default="", metadata={"static": True})
 
     def dense(self) -> jax.Array:
-        return self.w.dense() if is_weight(self.w) else self.w
+        return densify(self.w)
 
     def stacked(self) -> Any:
         if self.ndim == 2:
             raise WeightError(f"scan runs along an input or output axis of {self.path!r}")
-        w = self.w.stacked() if is_weight(self.w) else True
+        w = stacked(self.w)
         flags: dict[str, Any] = dict(w=w, moments=True, weights=False)
         return dataclasses.replace(self, **flags)
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.tensors import structure
-from lora_jax.tensors.base import Over, apply_primitive, is_weight, wide
+from lora_jax.tensors.base import Over, apply_primitive, densify, stacked, wide
 
 
 @jax.tree_util.register_dataclass
@@ -40,12 +40,12 @@ class Rescaled(Over):
         return self.gain.reshape((1,) * -extra + self.gain.shape)
 
     def dense(self) -> jax.Array:
-        w = self.w.dense() if is_weight(self.w) else self.w
+        w = densify(self.w)
         return (w.astype(wide(w.dtype)) * self.factor()).astype(w.dtype)
 
     def stacked(self) -> Any:
         own = self.gain.ndim == self.ndim and self.gain.shape[0] == self.shape[0]
-        w = self.w.stacked() if is_weight(self.w) else True
+        w = stacked(self.w)
         flags: dict[str, Any] = dict(w=w, gain=own)
         return dataclasses.replace(self, **flags)
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from lora_jax.tensors import structure
-from lora_jax.tensors.base import Over, apply_primitive, is_weight, wide
+from lora_jax.tensors.base import Over, apply_primitive, densify, is_weight, stacked, wide
 
 
 @jax.tree_util.register_dataclass
@@ -28,11 +28,11 @@ class Summed(Over):
     path: str = dataclasses.field(default="", metadata={"static": True})
 
     def dense(self) -> jax.Array:
-        w = self.w.dense() if is_weight(self.w) else self.w
+        w = densify(self.w)
         return (w.astype(wide(w.dtype)) + self.delta).astype(w.dtype)
 
     def stacked(self) -> Any:
-        w = self.w.stacked() if is_weight(self.w) else True
+        w = stacked(self.w)
         flags: dict[str, Any] = dict(w=w, delta=True)
         return dataclasses.replace(self, **flags)
 

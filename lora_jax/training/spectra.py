@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import analysis, partition
-from lora_jax.tensors.base import is_weight
+from lora_jax.tensors.base import densify, is_weight
 from lora_jax.tensors.low_rank import LowRank
 from lora_jax.tensors.updates import low_rank_parts, traced_factors
 
@@ -124,7 +124,7 @@ def _weight_norm(w: Any, axes: tuple[int, ...]) -> jax.Array:
 
 def _square(w: Any, axes: tuple[int, ...]) -> jax.Array:
     """‖W‖² over its matrices' axes."""
-    w = w.dense() if is_weight(w) else w
+    w = densify(w)
     w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
     return jnp.sum(w * w, axis=axes)
 

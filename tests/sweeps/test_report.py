@@ -203,7 +203,7 @@ def test_what_other_members_set_is_read_from_a_members_config(tmp_path: Path) ->
     ]
     for member, config in zip(members, configs, strict=True):
         (tmp_path / member.name).mkdir()
-        result = {"metrics": {"error": 0.1}, "seconds": 1.0, "config": config}
+        result = {"status": "finished", "metrics": {"error": 0.1}, "seconds": 1.0, "config": config}
         (tmp_path / member.name / "result.json").write_text(json.dumps(result))
     found = report.table(members, tmp_path)
     assert list(found)[:5] == ["member", RANK, RATE, "method.lr_ratio", "status"]

@@ -32,7 +32,10 @@ class FakeSweep:
             types.SimpleNamespace(name=f"{a['d']}-{b['seed']}", d=a["d"], seed=b["seed"])
             for a, b in pairs
         ]
-        self.members = self.grid
+
+    @property
+    def waiting(self) -> list[Any]:
+        return [m for m in self.grid if smallest.search.result(self.folder, m) is None]
 
     def run(self) -> None:
         FakeSweep.sweeps += 1
@@ -42,7 +45,8 @@ class FakeSweep:
                 continue
             self.trained.append(member.d)
             path.parent.mkdir(parents=True)
-            result = {"metrics": {"accuracy": math.log10(member.d) / 4 + 0.001 * member.seed},
+            result = {"status": "finished",
+                      "metrics": {"accuracy": math.log10(member.d) / 4 + 0.001 * member.seed},
                       "trainable_params": member.d + 10, "converged": member.seed == 0}  # fmt: skip
             path.write_text(json.dumps(self.broken.get(member.d, result)))
 
@@ -104,32 +108,36 @@ def found(name: str, size: float | None, low: float, high: float) -> Found:
     return Found(name, "d", Target((1.0,)), runs, threshold, {10: 1000, 100: 10_000}, 1.0)
 
 
-def test_the_figure_fits_what_the_search_did(tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that are written."""
+    from matplotlib.figure import Figure
+
+    figures: list[Any] = []
+    save = Figure.savefig
+
+    def savefig(figure: Any, *args: Any, **options: Any) -> None:
+        figures.append(figure)
+        save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return figures
+
+
+def test_the_figure_fits_what_the_search_did(tmp_path: Path, drawn: list[Any]) -> None:
     """The best of a size's seeds where the threshold is of the best, not their mean."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    monkeypatch.setattr(pyplot, "close", lambda figure: None)
     runs = tuple(Run(s, i, m + 0.1 * i) for s, m in ((10, 0.5), (100, 0.8)) for i in (0, 1))
     best = smallest.dataclasses.replace(found("d90", 50.0, 20.0, 90.0), runs=runs, statistic="best")
     smallest_plots.compare({"subspace": best}, tmp_path / "x.png")
-    (fit,) = (x for x in pyplot.gcf().axes[0].lines if x.get_label() == "subspace")
+    (fit,) = (x for x in drawn[0].axes[0].lines if x.get_label() == "subspace")
     assert list(fit.get_ydata()) == pytest.approx([0.6, 0.9])
 
 
-def test_thresholds_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+def test_thresholds_side_by_side(tmp_path: Path, drawn: list[Any]) -> None:
     some = {"subspace": found("d90", 50.0, 20.0, math.inf), "LoRA": found("r90", None, 0.0, 1.0)}
     path = smallest_plots.compare(some, tmp_path / "new" / "x.png", "accuracy")
     assert path.stat().st_size > 5000
-    above, below = pyplot.gcf().axes
+    above, below = drawn[0].axes
     assert [t.get_text() for t in above.get_legend().get_texts()] == ["subspace", "LoRA"]
     assert [t.get_text() for t in below.texts] == ["d90 = 50", "r90 > 100"]
     at = {t.get_text(): t.xy[0] for t in below.texts}

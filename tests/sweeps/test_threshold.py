@@ -10,7 +10,7 @@ import pytest
 
 from lora_jax.errors import UserError
 from lora_jax.sweeps.ladder import Ladder, next_sizes, rounds
-from lora_jax.sweeps.threshold import Run, Target, crossing, curve, isotonic, runs_of, threshold
+from lora_jax.sweeps.threshold import Run, Target, crossing, curve, isotonic, threshold
 
 SIZES = np.geomspace(10, 10_000, 10)
 TRUTH = 400.0
@@ -146,15 +146,8 @@ def test_pairs() -> None:
     threshold(runs[1:], target)
 
 
-def test_runs_of_a_table() -> None:
-    rows = [
-        {"d": 4, "s": 0, "acc": 0.5},
-        {"d": 4, "s": 1, "acc": float("nan")},
-    ]
-    with pytest.raises(UserError, match="d=4, s=1 has no acc"):
-        runs_of(rows, size="d", seed="s", metric="acc")
-    found = runs_of(rows, size="d", seed="s", metric="acc", diverged=0.1)
-    assert found == [Run(4.0, 0, 0.5), Run(4.0, 1, 0.1)]
+def test_runs_that_make_no_threshold() -> None:
+    found = [Run(4.0, 0, 0.5), Run(4.0, 1, 0.1)]
     with pytest.raises(UserError, match="two runs of one size and seed"):
         threshold([*found, found[0]], Target((1.0,)))
     with pytest.raises(UserError, match="needs runs"):

@@ -30,6 +30,10 @@ def test_published_numbers_are_found_with_status_and_notes() -> None:
     # A table with a status for each row.
     li = tables.Published("li_t1_dint90", {"problem": "MNIST", "D": 44426}, "d_int90").look_up()
     assert li.value == 290 and li.status == "verified-code+secondary" and "275" in li.notes
+    # A note of a row alone, in a table with one status.
+    where = {"config": "DoRA r=32 LLaMA-7B"}
+    dora = tables.Published("param_counts", where, "computed").look_up()
+    assert dora.status == "computed" and dora.notes == "0.846%; paper 0.84%"
 
 
 @pytest.mark.parametrize(
@@ -52,6 +56,7 @@ def test_every_published_table_is_in_the_index_and_readable() -> None:
     assert names == set(published.index().index)
     for name in names:
         assert len(published.frame(name)) > 0, name
+        assert published.index().loc[name, "status"], name
 
 
 def test_summaries() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from lora_jax import partition
 from lora_jax.errors import UserError
 from lora_jax.methods.peft import parts
-from lora_jax.methods.peft.patterns import module_paths, rules
+from lora_jax.methods.peft.patterns import module_paths, rules, seven_digits
 from lora_jax.methods.peft.protocol import PREFIX, AdapterFiles, ModelNames, NoPeftForm
 
 _SCHEDULE = {
@@ -38,7 +38,7 @@ def write(
     ranks = method.ranks(params)
     different = {r for layers in ranks.values() for r in layers if r}
     alphas = {
-        float(f"{float(s) * r:.7g}")
+        seven_digits(float(s) * r)
         for path, layers in ranks.items()
         for s, r in zip(np.atleast_1d(method.scales(params)[path]), layers, strict=True)
         if r
@@ -78,16 +78,7 @@ def read(
         stored, parts={k: {n: _ours(n, v) for n, v in x.items()} for k, x in stored.parts.items()}
     )
     like = jax.eval_shape(lambda: method.init(jax.random.key(0), params))
-    trainable: dict[str, Any] = {}
-    for path, wanted in like.items():
-        if isinstance(wanted, Mapping):
-            trainable[path] = {
-                k: parts.gather(turned, path, n, wanted[k], files.where)
-                for k, n in zip("aeb", _NAMES, strict=True)
-            }
-        else:
-            trainable[path] = parts.whole_of(stored, path, wanted)
-    return method, trainable
+    return method, parts.fill(turned, like, dict(zip("aeb", _NAMES, strict=True)), files.where)
 
 
 def _ours(name: str, value: np.ndarray) -> np.ndarray:

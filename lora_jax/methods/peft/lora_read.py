@@ -16,7 +16,7 @@ from lora_jax.errors import UserError, nearest
 from lora_jax.methods.peft import fused, targets
 from lora_jax.methods.peft.lora_write import module_ranks_of
 from lora_jax.methods.peft.patterns import module_paths, regexes, rules
-from lora_jax.methods.peft.protocol import PREFIX, AdapterFiles, ModelNames
+from lora_jax.methods.peft.protocol import PREFIX, AdapterFiles, ModelNames, hf_module, refuse
 
 _FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
 # Options that change what an adapter computes or contains, and that are not implemented here.
@@ -121,14 +121,8 @@ def _sort(files: AdapterFiles, names: ModelNames) -> _Stored:
     for module, pair in stored.factors.items():
         if set(pair) != {"A", "B"}:
             odd.append(f"{module} has only lora_{''.join(pair)}")
-    _refuse(odd, f"{files.where} does not fit this model")
+    refuse(odd, f"{files.where} does not fit this model")
     return stored
-
-
-def _refuse(problems: list[str], what: str) -> None:
-    if problems:
-        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise UserError(f"{what}: {'; '.join(problems[:6])}{more}")
 
 
 def _check_tied(files: AdapterFiles, stored: _Stored, names: ModelNames) -> None:
@@ -171,7 +165,7 @@ def _check_complete(files: AdapterFiles, stored: _Stored, names: ModelNames) -> 
         if targets.is_kept(config, module):
             lacking = [t for x in leaves if (t := f"{module}.{x}") not in stored.whole]
             problems += [f"no tensor {t}" for t in lacking]
-    _refuse(problems, f"{files.where}: adapter_config.json and adapter_model.safetensors disagree")
+    refuse(problems, f"{files.where}: adapter_config.json and adapter_model.safetensors disagree")
 
 
 def _misfits(
@@ -235,7 +229,7 @@ def _factors(path: str, like: Any, stored: _Stored, names: ModelNames) -> dict[s
     b = np.zeros(like["b"].shape, np.float32)
     stacked = partition.stack_of(path) is not None
     for at, ours in enumerate(partition.expand(path)):
-        pair = stored.factors.get(names.theirs[ours].rpartition(".")[0])
+        pair = stored.factors.get(hf_module(names, ours))
         if pair is not None:
             a_l, b_l = (a[at], b[at]) if stacked else (a, b)
             a_l[:, : pair["A"].shape[0]] = pair["A"].T

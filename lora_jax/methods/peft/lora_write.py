@@ -11,7 +11,8 @@ import numpy as np
 from lora_jax import partition
 from lora_jax.errors import UserError
 from lora_jax.methods.peft import fused
-from lora_jax.methods.peft.protocol import PREFIX, AdapterFiles, ModelNames, NoPeftForm, hf_name
+from lora_jax.methods.peft.patterns import seven_digits
+from lora_jax.methods.peft.protocol import PREFIX, AdapterFiles, ModelNames, NoPeftForm, hf_module
 from lora_jax.methods.peft.targets import CLASSIFIERS, pattern_of, short_names, unit
 from lora_jax.methods.peft.whole import add_whole, host
 
@@ -72,7 +73,7 @@ def write(
 def module_ranks_of(names: ModelNames, ranks: Mapping[str, list[int]]) -> dict[str, int]:
     """Hugging Face module (or part of one) -> its rank, where that is above 0."""
     layers = [x for leaf, n in ranks.items() for x in zip(partition.expand(leaf), n, strict=True)]
-    return {hf_name(names, ours).rpartition(".")[0]: rank for ours, rank in layers if rank}
+    return {hf_module(names, ours): rank for ours, rank in layers if rank}
 
 
 def _factors(
@@ -92,7 +93,7 @@ def _factors(
         per_layer = np.atleast_1d(scales[leaf])
         for at, ours in enumerate(partition.expand(leaf)):
             if rank := layers[at]:
-                module = hf_name(names, ours).rpartition(".")[0]
+                module = hf_module(names, ours)
                 found[module] = (a[at][:, :rank], b[at][:rank], float(per_layer[at]))
     return found
 
@@ -110,8 +111,7 @@ def _add_factors(
 
 
 def _alpha(scale: float, rank: int, rslora: bool) -> float:
-    # Seven digits are what float32 scales carry: 15.9999995 was 16.
-    alpha = float(f"{float(scale) * (rank**0.5 if rslora else rank):.7g}")
+    alpha = seven_digits(float(scale) * (rank**0.5 if rslora else rank))
     return int(alpha) if alpha == int(alpha) else alpha
 
 

@@ -16,7 +16,14 @@ from lora_jax import partition
 from lora_jax.errors import UserError, nearest
 from lora_jax.methods.peft import fused, targets
 from lora_jax.methods.peft.patterns import module_paths, regexes
-from lora_jax.methods.peft.protocol import PREFIX, AdapterFiles, ModelNames, NoPeftForm, hf_name
+from lora_jax.methods.peft.protocol import (
+    PREFIX,
+    AdapterFiles,
+    ModelNames,
+    NoPeftForm,
+    hf_module,
+    refuse,
+)
 from lora_jax.methods.peft.whole import add_whole, host
 
 Parts = Mapping[str, Mapping[str, Any]]
@@ -49,7 +56,7 @@ def write(
     adapted: set[str] = set()
     for leaf, arrays in parts.items():
         for at, (ours, on) in enumerate(zip(partition.expand(leaf), live[leaf], strict=True)):
-            module = hf_name(names, ours).rpartition(".")[0]
+            module = hf_module(names, ours)
             if not on:
                 continue
             if fused.plain(module) != module and not gain:
@@ -144,9 +151,7 @@ def read(
         if targets.is_kept(files.config, module)
         and names.ours[name := f"{module}.{leaf}"] not in stored.whole
     ]
-    if odd:
-        more = f"; and {len(odd) - 6} more" if len(odd) > 6 else ""
-        raise UserError(f"{files.where} does not fit this model: {'; '.join(odd[:6])}{more}")
+    refuse(odd, f"{files.where} does not fit this model")
     leaves = list(names.theirs)
     modules = module_paths(stored.parts)
     stored.targets = tuple(regexes(modules, module_paths(leaves)))
@@ -188,6 +193,24 @@ def gather(stored: Stored, leaf: str, part: str, like: Any, where: str) -> jnp.n
         pads = [(0, n - m) for n, m in zip(size, value.shape, strict=True)]
         rows.append(np.pad(value, pads))
     return jnp.asarray(np.stack(rows) if stacked else rows[0], like.dtype)
+
+
+def fill(
+    stored: Stored, like: Mapping[str, Any], names: Mapping[str, str], where: str
+) -> dict[str, Any]:
+    """What the file holds as a trainable tree.
+
+    Args:
+      stored: parts turned as ours are.
+      like: the tree's shapes; what is adapted is a dict.
+      names: of the parts, by our names in these.
+    """
+    return {
+        leaf: {k: gather(stored, leaf, names[k], x, where) for k, x in wanted.items()}
+        if isinstance(wanted, Mapping)
+        else whole_of(stored, leaf, wanted)
+        for leaf, wanted in like.items()
+    }
 
 
 def whole_of(stored: Stored, leaf: str, like: Any) -> jnp.ndarray:

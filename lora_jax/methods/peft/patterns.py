@@ -53,6 +53,11 @@ def module_paths(leaves: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(partition.module(p) for p in leaves))
 
 
+def seven_digits(x: Any) -> float:
+    """What float32 carries of an alpha that was worked out from a scale: 15.9999995 was 16."""
+    return float(f"{float(x):.7g}")
+
+
 def rules(values: Mapping[str, Any], every: Iterable[str]) -> Any:
     """A bare value where all agree, else ordered (regex, value) rules that say the same."""
     every = list(every)

@@ -82,8 +82,20 @@ class ModelNames(Protocol):
         """The language-model head's module; "" where it is tied to the embedding."""
 
 
+def refuse(problems: list[str], what: str) -> None:
+    """UserError that lists the first problems, if there are any."""
+    if problems:
+        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise UserError(f"{what}: {'; '.join(problems[:6])}{more}")
+
+
 def hf_name(names: ModelNames, ours: str) -> str:
     """The Hugging Face tensor at one of our expanded leaf paths."""
     if ours not in names.theirs:
         raise NoPeftForm(f"{ours!r} has no Hugging Face name in this model's family")
     return names.theirs[ours]
+
+
+def hf_module(names: ModelNames, ours: str) -> str:
+    """The Hugging Face module that owns `hf_name`."""
+    return hf_name(names, ours).rpartition(".")[0]
