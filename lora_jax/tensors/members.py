@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.tensors.base import Weight, WeightError, apply_primitive, stacked
+from lora_jax.tensors.base import Weight, WeightError, apply_primitive, is_weight, stacked
 
 _STATIC: dict[str, Any] = {"static": True}
 
