@@ -14,7 +14,7 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -248,8 +248,12 @@ def write_json(path: Path, content: Any) -> None:
     part.replace(path)
 
 
-def environment() -> dict[str, Any]:
-    """Versions, device and git commit: what a number depends on besides its config."""
+@functools.cache
+def environment() -> Mapping[str, Any]:
+    """Versions, device and git commit: what a number depends on besides its config.
+
+    As they were when it was first asked: what this process imported then, it runs.
+    """
     names = ("lora-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"],

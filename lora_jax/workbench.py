@@ -20,6 +20,7 @@ from lora_jax.data.placeholders import behind_prompts
 from lora_jax.data.tasks.text import Text
 from lora_jax.errors import UserError
 from lora_jax.experiment import Experiment, to_dict
+from lora_jax.methods import Method
 from lora_jax.pretrained.load import family_of
 from lora_jax.tensors import adapt
 from lora_jax.training import decoding, evaluation, loss, prompts
@@ -42,6 +43,7 @@ class Workbench:
         self.mesh = mesh or (training.make_mesh(wanted) if wanted.devices > 1 else None)
         self.task = experiment.data.task
         self._prepared: dict[str, Any] = {}
+        self._shapes: dict[str, tuple[Any, Any]] = {}
         # A task of running text has nothing to answer: it is scored by its loss.
         self.by_loss = self.task.principal == "loss"
         if (self.task.head != "lm" or self.by_loss) and experiment.evaluation.base_shots:
@@ -146,12 +148,30 @@ class Workbench:
 
     def prepared(self, experiment: Experiment) -> Any:
         """The method of one of the runs here, after its look at the data; at each data once."""
-        key = json.dumps([to_dict(experiment)["method"], experiment.data.seed], sort_keys=True)
+        key = self._key(experiment)
         if key not in self._prepared:
             batches = endless(lambda: self.batches(experiment.data.seed))
             method = experiment.method.scheduled(experiment.training.steps)
             self._prepared[key] = method.prepare(adapt(self.model.apply), self.params, batches)
         return self._prepared[key]
+
+    def shapes(self, experiment: Experiment) -> tuple[Any, Any]:
+        """(trainable tree, numbers) of one of the runs here, of ShapeDtypeStructs; asked once for
+        each method, since many runs of a sweep differ in other things."""
+        key = self._key(experiment)
+        if key not in self._shapes:
+            method = self.prepared(experiment)
+            start = jax.eval_shape(lambda: method.init(jax.random.key(0), self.params))
+            numbers = method.numbers(self.params)
+            self._shapes[key] = start, jax.eval_shape(lambda: numbers)
+        return self._shapes[key]
+
+    @staticmethod
+    def _key(experiment: Experiment) -> str:
+        """What `prepared` depends on."""
+        looks = type(experiment.method).prepare is not Method.prepare
+        seed = experiment.data.seed if looks else None
+        return json.dumps([to_dict(experiment)["method"], seed], sort_keys=True)
 
     # Loss.
 

@@ -43,7 +43,8 @@ class LoHa(Structured):
         def columns(name: str, size: int, bound: float) -> jax.Array:
             own = jax.random.fold_in(key, zlib.crc32(name.encode()))
             # LoRA's columns are within 1/sqrt(size); a layer of rank 0 has none.
-            return self._columns(own, layer, (size,), r, widest, False) * (math.sqrt(size) * bound)
+            drawn = self._columns(own, [layer], (size,), [r], widest, False)[0]
+            return drawn * (math.sqrt(size) * bound)
 
         root_r, root_in = 1 / math.sqrt(max(r, 1)), 1 / math.sqrt(n_in)
         return {

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -203,31 +204,34 @@ class LoRA(base.Method):
         embedding = path.removesuffix("/value").endswith("embedding")
         drawn = outs if embedding else ins
         n_other = math.prod(batch) // len(ranks)  # experts, or a stack that the path does not show
-        columns = [
-            self._columns(
-                key, f"{layer}#{j}" if n_other > 1 else layer, drawn, r, widest, embedding
-            )
-            for layer, r in zip(partition.expand(path), ranks, strict=True)
-            for j in range(n_other)
-        ]
-        random = jnp.stack(columns).reshape(*batch, widest, *drawn)
+        own = [f"#{j}" for j in range(n_other)] if n_other > 1 else [""]
+        layers = [f"{layer}{j}" for layer in partition.expand(path) for j in own]
+        each = [r for r in ranks for _ in own]
+        columns = self._columns(key, layers, drawn, each, widest, embedding)
+        random = columns.reshape(*batch, widest, *drawn)
         if embedding:
             return {"a": jnp.zeros((*batch, *ins, widest)), "b": random}
         a = jnp.moveaxis(random, len(batch), -1)
         return {"a": a, "b": jnp.zeros((*batch, widest, *outs))}
 
     def _columns(
-        self, key: jax.Array, layer: str, size: tuple[int, ...], r: int, widest: int, normal: bool
+        self,
+        key: jax.Array,
+        layers: Sequence[str],
+        size: tuple[int, ...],
+        ranks: Sequence[int],
+        widest: int,
+        normal: bool,
     ) -> jax.Array:
-        """[widest, *size]: r random columns, then zeros. Column j depends on (layer, j) alone."""
-        key = jax.random.fold_in(key, zlib.crc32(layer.encode()))
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(widest))
+        """[layers, widest, *size]: each layer's number of random columns, then zeros. Column j of a
+        layer depends on (its name, j) alone."""
+        names = np.array([zlib.crc32(layer.encode()) for layer in layers], np.uint32)
         std = 1.0 if normal else 1.0 / math.sqrt(math.prod(size))
-        if normal or self.start == "gaussian":
-            columns = jax.vmap(lambda k: jax.random.normal(k, size))(keys) * std
-        else:
-            columns = jax.vmap(lambda k: jax.random.uniform(k, size, minval=-std, maxval=std))(keys)
-        live = (jnp.arange(widest) < r).reshape(-1, *[1] * len(size))
+        bound = None if normal or self.start == "gaussian" else std
+        columns = _random_columns(key, names, widest, size, bound)
+        columns = columns if bound else columns * std
+        live = np.arange(widest) < np.asarray(ranks)[:, None]
+        live = live.reshape(*live.shape, *[1] * len(size))
         return jnp.where(live, columns * self.init_scale, 0.0)
 
     def numbers(self, params: Any) -> dict[str, Any]:
@@ -333,3 +337,22 @@ class LoRA(base.Method):
         saved: base.Method | None = None,
     ) -> tuple[LoRA, base.Trainable]:
         return lora_read.read(cls, files, names, params, saved)
+
+
+@functools.partial(jax.jit, static_argnames=("widest", "size", "bound"))
+def _random_columns(
+    key: jax.Array, names: np.ndarray, widest: int, size: tuple[int, ...], bound: float | None
+) -> jax.Array:
+    """[names, widest, *size], each column by a key of its own: U(±bound), or N(0, 1) without one.
+
+    Compiled, once for each size: a sweep draws the starts of many members.
+    """
+    fold = jax.vmap(jax.random.fold_in, (None, 0))
+    keys = jax.vmap(fold, (0, None))(fold(key, names), np.arange(widest))
+
+    def draw(k: jax.Array) -> jax.Array:
+        if bound is None:
+            return jax.random.normal(k, size)
+        return jax.random.uniform(k, size, minval=-bound, maxval=bound)
+
+    return jax.vmap(jax.vmap(draw))(keys)

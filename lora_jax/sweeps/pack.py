@@ -262,6 +262,11 @@ class Program:
             return jax.jit(put, donate_argnums=0)
         return jax.jit(put, donate_argnums=0, out_shardings=self.shardings)
 
+    @functools.cached_property
+    def take(self) -> Callable[[State, Any], State]:
+        """(states, slot number) -> that slot's padded state."""
+        return jax.jit(padding.take)
+
     # Evaluation.
 
     def outputs(

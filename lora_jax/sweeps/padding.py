@@ -57,9 +57,11 @@ def cut(tree: Any, like: Any) -> Any:
     """The inverse of `pad`: what of `tree` is inside the shapes of `like`."""
     flat = partition.flatten(tree)
     small = partition.flatten(like)
-    return partition.unflatten_like(
-        like, {n: flat[n][tuple(slice(s) for s in x.shape)] for n, x in small.items()}
-    )
+    return partition.unflatten_like(like, {n: _cut(flat[n], x.shape) for n, x in small.items()})
+
+
+def _cut(x: Any, shape: tuple[int, ...]) -> Any:
+    return x if tuple(x.shape) == tuple(shape) else x[tuple(map(slice, shape))]
 
 
 def stack(trees: Sequence[Any]) -> Any:

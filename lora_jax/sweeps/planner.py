@@ -88,18 +88,35 @@ def plan(
         groups.setdefault(key, []).append((member, tree))
     packs = []
     for group in groups.values():
-        group.sort(key=lambda pair: size(pair[1]))
-        sizes = [size(tree) for _, tree in group]
+        alike = _alike(group)
         e = group[0][0].experiment
         tokens = e.training.steps * e.data.batch_size * e.data.length
         seconds = FLOPS_A_PARAMETER * tokens / flops_per_second
-        hulls = _hull_sizes([tree for _, tree in group])
-        for start, stop in _cuts(hulls, seconds, compile_seconds):
+        hulls, counts = _hull_sizes([x.tree for x in alike]), [len(x.members) for x in alike]
+        for start, stop in _cuts(hulls, counts, seconds, compile_seconds):
             params = hulls[start][stop - 1 - start]
-            real = sum(sizes[start:stop])
-            chosen = tuple(member for member, _ in group[start:stop])
+            real = sum(size(x.tree) * len(x.members) for x in alike[start:stop])
+            chosen = tuple(member for x in alike[start:stop] for member in x.members)
             packs.append(PackPlan(chosen, params, 1.0 - real / max(1, params * len(chosen))))
     return packs
+
+
+@dataclasses.dataclass
+class _Alike:
+    """Members of one shape: no cut is ever between them."""
+
+    tree: Tree
+    members: list[Member]
+
+
+def _alike(group: Sequence[tuple[Member, Tree]]) -> list[_Alike]:
+    """Sorted by size: a sweep has many members and few shapes."""
+    found: dict[Any, _Alike] = {}
+    for member, tree in group:
+        flat = partition.flatten(dict(tree))
+        key = tuple(sorted((name, tuple(x.shape)) for name, x in flat.items()))
+        found.setdefault(key, _Alike(tree, [])).members.append(member)
+    return sorted(found.values(), key=lambda x: size(x.tree))
 
 
 def _hull_sizes(trees: Sequence[Tree]) -> list[list[int]]:
@@ -115,18 +132,23 @@ def _hull_sizes(trees: Sequence[Tree]) -> list[list[int]]:
 
 
 def _cuts(
-    hulls: Sequence[Sequence[int]], seconds: float, compile_seconds: float
+    hulls: Sequence[Sequence[int]], counts: Sequence[int], seconds: float, compile_seconds: float
 ) -> list[tuple[int, int]]:
-    """The ranges of the cheapest partition of a sorted list into runs."""
+    """The ranges of the cheapest partition into runs of a sorted list, `counts` members each."""
     n = len(hulls)
+    before = np.concatenate([[0], np.cumsum(counts)])
     best: list[tuple[float, int]] = [(0.0, 0)]
     for stop in range(1, n + 1):
         best.append(
             min(
-                (best[i][0] + compile_seconds + seconds * hulls[i][stop - 1 - i] * (stop - i), i)
+                (
+                    best[i][0] + compile_seconds
+                    + seconds * hulls[i][stop - 1 - i] * int(before[stop] - before[i]),
+                    i,
+                )
                 for i in range(stop)
             )
-        )
+        )  # fmt: skip
     ranges, stop = [], n
     while stop:
         start = best[stop][1]

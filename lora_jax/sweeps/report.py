@@ -13,8 +13,7 @@ from typing import Any
 import pandas as pd
 
 from lora_jax import statistics
-from lora_jax.runs import RESULT
-from lora_jax.sweeps import fields, plots, update_plots
+from lora_jax.sweeps import fields, plots, search, update_plots
 from lora_jax.sweeps.grid import Member
 
 CSV = "results.csv"
@@ -28,26 +27,27 @@ def table(members: Iterable[Member], folder: Path) -> pd.DataFrame:
     A field that the sweep set in other members only has the member's own value, of its config.
     """
     members = list(members)
-    rows = []
+    results = {m.name: result for m in members if (result := search.result(folder, m)) is not None}
+    return frame(members, results)
+
+
+def frame(members: Sequence[Member], results: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """`table` of results by the member's name."""
     keys = list(dict.fromkeys(key for member in members for key in member.overrides))
-    for member in members:
-        path = folder / member.name / RESULT
-        if not path.exists():
-            continue
-        result = json.loads(path.read_text())
-        own = member.overrides
-        set_ = {k: _cell(own[k] if k in own else _at(result["config"], k)) for k in keys}
-        rows.append(
-            {
-                "member": member.name,
-                **set_,
-                "status": result["status"],
-                **result["metrics"],
-                "trainable_params": result.get("trainable_params"),
-                "seconds": result["seconds"],
-            }
-        )
-    return pd.DataFrame(rows)
+    return pd.DataFrame([_row(m, results[m.name], keys) for m in members if m.name in results])
+
+
+def _row(member: Member, result: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    own = member.overrides
+    set_ = {k: _cell(own[k] if k in own else _at(result["config"], k)) for k in keys}
+    return {
+        "member": member.name,
+        **set_,
+        "status": result["status"],
+        **result["metrics"],
+        "trainable_params": result.get("trainable_params"),
+        "seconds": result["seconds"],
+    }
 
 
 def _at(config: Any, dotted: str) -> Any:

@@ -132,7 +132,13 @@ class Sweep:
     @property
     def waiting(self) -> list[Member]:
         """The members without a result."""
-        return [m for m in self.members if search.result(self.folder, m) is None]
+        return [m for m in self.members if m.name not in self._results]
+
+    @functools.cached_property
+    def _results(self) -> dict[str, dict[str, Any]]:
+        """By the member's name: those that are there, each read once, then those that come."""
+        found = {m.name: search.result(self.folder, m) for m in self.members}
+        return {name: result for name, result in found.items() if result is not None}
 
     @functools.cached_property
     def task(self) -> Any:
@@ -181,9 +187,7 @@ class Sweep:
         return self._benches[key]
 
     def shapes(self, member: Member) -> Any:
-        bench = self.bench(member)
-        method = bench.prepared(member.experiment)
-        return jax.eval_shape(lambda: method.init(jax.random.key(0), bench.params))
+        return self.bench(member).shapes(member.experiment)[0]
 
     def _plan(self, members: list[Member]) -> list[planner.PackPlan]:
         if not members:
@@ -206,8 +210,8 @@ class Sweep:
         members = plan.members
         bench = self.bench(members[0])
         start = begin(bench, members[0].experiment)
-        numbers = [bench.prepared(m.experiment).numbers(bench.params) for m in members]
-        like = pack.hull_state(start.method, start.tx, [self.shapes(m) for m in members], numbers)
+        shapes, numbers = zip(*(bench.shapes(m.experiment) for m in members), strict=True)
+        like = pack.hull_state(start.method, start.tx, shapes, numbers)
         axis = 1 if bench.mesh is None else bench.mesh.shape["sweep"]
 
         def program(slots: int) -> pack.Program:
@@ -274,10 +278,9 @@ class Sweep:
         sizes = {name: len(overrides) for name, overrides in self.sweeps.items()}
         places = itertools.product(*map(range, sizes.values()))
         metric = self.task.principal
-        known = {m.name: search.result(self.folder, m) for m in self.members}
         study = search.Optuna(
             dict(zip(places, self.grid, strict=True)), sizes,
-            known={n: r["metrics"].get(metric) for n, r in known.items() if r is not None},
+            known={n: r["metrics"].get(metric) for n, r in self._results.items()},
             trials=o.optuna, seed=o.seed, metric=metric,
             higher_is_better=self.task.higher_is_better,
         )  # fmt: skip
@@ -291,7 +294,8 @@ class Sweep:
     def _finished(self, member: Member, result: dict[str, Any]) -> None:
         if result["status"] != "finished":
             print(f"{member.name} {member.overrides}: {result['status']}", flush=True)
-        report.write_csv(report.table(self.members, self.folder), self.workdir / report.CSV)
+        self._results[member.name] = result
+        report.write_csv(report.frame(self.members, self._results), self.workdir / report.CSV)
 
     # Results.
 
@@ -311,7 +315,7 @@ class Sweep:
         }
 
     def _close(self, result: dict[str, Any]) -> dict[str, Any]:
-        frame = report.table(self.members, self.folder)
+        frame = report.frame(self.members, self._results)
         report.write_csv(frame, self.workdir / report.CSV)
         metric, higher = self.task.principal, self.task.higher_is_better
         made = updates.updates(self.members, self.folder)

@@ -165,7 +165,7 @@ class Trainer:
 
     def _own(self, index: int) -> State:
         """A slot's state without padding."""
-        return padding.cut(padding.take(self._states, index), self._at(index).own)
+        return padding.cut(self.program.take(self._states, index), self._at(index).own)
 
     def _evaluate(self, indices: list[int]) -> list[dict[str, float]]:
         bench = self.bench

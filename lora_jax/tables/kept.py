@@ -77,11 +77,16 @@ def _measured(row: Mapping[str, Any], where: str) -> Measured:
     summary = row["summary"]
     return Measured(
         {int(seed): _or_nan(x) for seed, x in row["values"].items()},
-        summary=summary and Summary(**{k: _or_nan(x) for k, x in summary.items()}),
+        summary=summary and _summary(summary),
         known_from=where,
         **{name: row[name] for name in _FIELDS if name != "notes"},
         notes=tuple(row["notes"]),
     )
+
+
+def _summary(kept: Mapping[str, float | None]) -> Summary:
+    numbers = {name: _or_nan(x) for name, x in kept.items() if name != "n"}
+    return Summary(n=int(kept["n"] or 0), **numbers)
 
 
 def _or_null(x: float) -> float | None:
