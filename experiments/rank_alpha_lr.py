@@ -37,7 +37,7 @@ import best_rates as best
 import pandas as pd
 from given_folders import glue
 
-from lora_jax import statistics
+from lora_jax import host, statistics
 from lora_jax.experiment import to_dict
 from lora_jax.sweeps import grid, report
 from lora_jax.sweeps.sweep import Options, Sweep
@@ -278,6 +278,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    host.keep_memory()
     options = arguments()
     scale = SCALES[options.scale]
     workdir = options.workdir / options.scale

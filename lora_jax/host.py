@@ -52,6 +52,27 @@ def _user_decides() -> bool:
     return "glibc.malloc" in tunables or any(name.startswith("MALLOC_") for name in os.environ)
 
 
+def allow_open_files(wanted: int) -> int:
+    """Raises the number of files that this process may have open towards `wanted`.
+
+    Linux starts programs with 1,024 and lets each raise it to the administrator's own limit.
+
+    Returns:
+      The number that it may have open now; more than `wanted`, if that was the limit before.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return sys.maxsize
+    if soft >= wanted:
+        return soft
+    possible = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (possible, hard))
+    except (ValueError, OSError):  # macOS has a limit of its own besides these
+        return soft
+    return possible
+
+
 def peak_bytes() -> int:
     """The most memory that this process held at one time.
 

@@ -50,3 +50,21 @@ def test_an_accelerator_s_host_gives_its_memory_back(monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.setattr(host.importlib.util, "find_spec", lambda name: name == "libtpu")
     assert not host.keep_memory()
+
+
+FILES = """
+import resource, sys
+from lora_jax import host
+hard = int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_NOFILE, (60, hard))
+print(host.allow_open_files(500), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+print(host.allow_open_files(50))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="of POSIX systems")
+@pytest.mark.parametrize(("hard", "allowed"), [(600, 500), (300, 300)])
+def test_more_files_may_be_open_up_to_the_administrators_limit(hard, allowed):
+    done = subprocess.run([sys.executable, "-c", FILES, str(hard)], check=True, text=True,
+                          stdout=subprocess.PIPE)  # fmt: skip
+    assert done.stdout.split() == [str(allowed)] * 3

@@ -201,19 +201,22 @@ class Program:
         return memory.argument_size_in_bytes + memory.temp_size_in_bytes + fresh
 
     def seconds_a_step(self) -> float:
-        """Measured on slots that hold zeros: the work does not depend on the values."""
+        """Measured on slots that hold zeros: the work does not depend on the values.
+
+        The best of two or three: the first also pays for memory that is new.
+        """
         states = self.empty()
         batches = {n: np.stack([x] * self.shape.slots) for n, x in self.batch.items()}
         live = np.ones(self.shape.slots, bool)
         _ = self.compiled  # which takes longer than the steps
         best, spent = float("inf"), 0.0
-        for _ in range(3):
+        for done in range(1, 4):
             began = time.perf_counter()
             states, metrics = self.run(states, batches, live)
             jax.block_until_ready((states, metrics))
             took = time.perf_counter() - began
             best, spent = min(best, took), spent + took
-            if spent > 2.0:
+            if done > 1 and spent > 2.0:
                 break
         return best
 

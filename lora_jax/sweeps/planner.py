@@ -33,7 +33,8 @@ class PackPlan:
     """Members that share a program.
 
     Attributes:
-      members: sorted by size.
+      members: by the seed of their data, then by size. Where fewer slots than members are, those
+        in them at one time then share batches, and none is padded to the length of another's.
       params: trainable parameters of the hull, which every slot carries.
       padding: share of these that is padding, over the members.
     """
@@ -96,8 +97,9 @@ def plan(
         for start, stop in _cuts(hulls, counts, seconds, compile_seconds):
             params = hulls[start][stop - 1 - start]
             real = sum(size(x.tree) * len(x.members) for x in alike[start:stop])
-            chosen = tuple(member for x in alike[start:stop] for member in x.members)
-            packs.append(PackPlan(chosen, params, 1.0 - real / max(1, params * len(chosen))))
+            chosen = [member for x in alike[start:stop] for member in x.members]
+            chosen.sort(key=lambda member: member.experiment.data.seed)
+            packs.append(PackPlan(tuple(chosen), params, 1 - real / max(1, params * len(chosen))))
     return packs
 
 

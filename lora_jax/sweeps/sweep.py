@@ -23,14 +23,14 @@ import jax.numpy as jnp
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lora_jax import config as configs
-from lora_jax import training
+from lora_jax import host, training
 from lora_jax.errors import UserError
 from lora_jax.experiment import from_dict, to_dict
 from lora_jax.plan import device_bytes, device_memory
 from lora_jax.runs import RESULT, begin, environment, evaluate_base, write_json
 from lora_jax.sweeps import grid, pack, planner, report, search, updates
 from lora_jax.sweeps.grid import Member
-from lora_jax.sweeps.train import Done, Trainer
+from lora_jax.sweeps.train import FILES_A_SLOT, OTHER_FILES, Done, Trainer
 from lora_jax.workbench import Workbench
 
 Mode = Literal["auto", "packed", "serial"]
@@ -218,7 +218,8 @@ class Sweep:
             return pack.Program(bench, start, pack.Shape(like, slots), chunk=eval_chunk(slots))
 
         mode, count = self.options.mode, len(members)
-        most = axis if mode == "serial" else min(count, self.options.slots or count)
+        wanted = axis if mode == "serial" else min(count, self.options.slots or count)
+        most = _with_files(wanted)
         first = self._fits(program(-(-most // axis) * axis), plan, bench, axis)
         fewer = slot_counts(count, first.shape.slots, axis) if mode == "auto" else ()
         chosen, seconds, probed = fastest(itertools.chain([first], map(program, fewer)), count)
@@ -325,6 +326,15 @@ class Sweep:
         write_json(self.workdir / RESULT, result)
         print(frame.to_string(index=False))
         return result
+
+
+def _with_files(slots: int) -> int:
+    """How many slots this process may hold the files of, `slots` at most."""
+    allowed = host.allow_open_files(slots * FILES_A_SLOT + OTHER_FILES)
+    most = max(1, (allowed - OTHER_FILES) // FILES_A_SLOT)
+    if most < slots:
+        print(f"{most} members at once: this process may open {allowed} files (ulimit -n)")
+    return min(slots, most)
 
 
 def slot_counts(members: int, slots: int, axis: int) -> Iterator[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,6 +22,13 @@ from lora_jax.training.spectra import Row
 from lora_jax.workbench import mean_of
 
 Done = Callable[[Member, dict[str, Any]], None]
+
+SAVES = 8
+"""Checkpoints of a pack that are written at one time: each holds a state, threads and files."""
+FILES_A_SLOT = 4
+"""Open as long as a member trains: its log, and its TensorBoard events with their queue."""
+OTHER_FILES = 256
+"""Open besides, at most: the base, the data, the saves under way."""
 
 
 class Trainer:
@@ -54,6 +62,7 @@ class Trainer:
         self._slots: list[Slot | None] = [None] * program.shape.slots
         self._states = program.empty()
         self._pending: list[tuple[dict[int, int], dict[str, jax.Array]]] = []
+        self._saves: collections.deque[Slot] = collections.deque()
         # Seconds in updates alone: a step is dispatched, and waited for when it is read.
         self.update_seconds = 0.0
 
@@ -138,7 +147,7 @@ class Trainer:
         for index in live:
             held = self._slots[index]
             if held is not None and held.saving and not held.last and index not in due:
-                held.save(self._own(index), None)
+                self._save(held, self._own(index), None)
         self._end([i for i in live if self._slots[i] is not None and self._at(i).last])
 
     def _judge(self, indices: list[int], found: list[dict[str, float]]) -> None:
@@ -180,7 +189,20 @@ class Trainer:
         for index, metrics, rows in zip(indices, found, spectra, strict=True):
             slot = self._at(index)
             slot.evaluated(metrics, rows)
-            slot.save(self._own(index), metrics)
+            self._save(slot, self._own(index), metrics)
+
+    def _save(self, slot: Slot, state: State, metrics: dict[str, float] | None) -> None:
+        """Starts to save, as soon as fewer than `SAVES` are under way."""
+        self._saved(slot)
+        while len(self._saves) >= SAVES:
+            self._saves.popleft().checkpoints.wait()
+        slot.save(state, metrics)
+        self._saves.append(slot)
+
+    def _saved(self, slot: Slot) -> None:
+        """A slot that waits for its own save need not be waited for."""
+        if slot in self._saves:
+            self._saves.remove(slot)
 
     def _spectra(self, indices: list[int]) -> list[list[Row]]:
         if not indices or not self.bench.experiment.evaluation.spectra:
@@ -215,7 +237,9 @@ class Trainer:
         return [{"general_loss": mean_of(out)} for out in sums]
 
     def _free(self, index: int, result: dict[str, Any]) -> None:
-        member = self._at(index).member
+        slot = self._at(index)
+        self._saved(slot)
+        member = slot.member
         self._slots[index] = None
         self._done(member, result)
 
@@ -226,6 +250,6 @@ class Trainer:
             slot = self._at(index)
             slot.log()
             if slot.diverged_at is None:
-                slot.save(self._own(index), None)
+                self._save(slot, self._own(index), None)
             where, step = slot.folder, slot.step
         raise Interrupted(step, where)

@@ -38,9 +38,18 @@ def test_padding_is_weighed_against_compiling(tiny_config):
     assert some[0].params == 400 and some[0].padding == pytest.approx(1 - 7 / 12)
 
 
-def test_the_cheapest_cut_is_found(tiny_config):
+def test_members_that_share_batches_come_one_after_another(tiny_config):
+    places = [{"method.rank": r, "data.seed": s} for r in (2, 1) for s in (7, 0)]
+    members = grid.members(tiny_config(), places)
+    (pack,) = planner.plan(members, lambda m: tree(m.experiment.method.rank), flops_per_second=1e15)
+    found = [(m.experiment.data.seed, m.experiment.method.rank) for m in pack.members]
+    assert found == [(0, 1), (0, 2), (7, 1), (7, 2)]
+
+
+@pytest.mark.parametrize("ranks", [[1, 3, 4, 9, 10, 11], [1, 1, 1, 4, 9, 9]])
+def test_the_cheapest_cut_is_found(tiny_config, ranks):
     """Against every way to cut a sorted list."""
-    ranks, seconds, compiling = [1, 3, 4, 9, 10, 11], 1536 / 1e5, 5.0
+    seconds, compiling = 1536 / 1e5, 5.0
 
     def cost(cuts):
         edges = [0, *cuts, len(ranks)]
@@ -50,7 +59,9 @@ def test_the_cheapest_cut_is_found(tiny_config):
     subsets = [[i + 1 for i in range(5) if mask >> i & 1] for mask in range(32)]
     best = min(subsets, key=cost)
     found = plan(tiny_config(), ranks, flops_per_second=1e5, compile_seconds=compiling)
-    assert [len(p.members) for p in found] == list(np.diff([0, *best, 6]))
+    assert [[m.experiment.method.rank for m in p.members] for p in found] == [
+        list(x) for x in np.split(ranks, best)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,9 @@ import tokenizers
 
 from lora_jax import cli
 from lora_jax.errors import UserError
-from lora_jax.sweeps import sweep
+from lora_jax.methods import LoRA
+from lora_jax.sweeps import sweep, train
+from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.reports import read_metrics
 
 GRID = """
@@ -99,6 +101,67 @@ def test_again_runs_nothing_and_a_larger_grid_what_is_new(finished, tiny_config,
     assert cli.main(command) == 0
     assert "6 members, 2 to run" in capsys.readouterr().out
     assert len(pd.read_csv(folder / "s" / "results.csv")) == 6
+
+
+MANY = {
+    "rank": [{"method.rank": rank} for rank in (1, 2)],
+    "seed": [{"seed": seed} for seed in range(6)],
+}
+
+
+def test_planning_asks_a_method_for_its_shapes_once(tiny_config, tmp_path, monkeypatch):
+    """And not each member: tracing a start takes longer than a step."""
+    asked, init = [], LoRA.init
+
+    def counted(self, key, params):
+        asked.append(self.rank)
+        return init(self, key, params)
+
+    monkeypatch.setattr(LoRA, "init", counted)
+    options = sweep.Options(dry=True, mode="serial")
+    made = sweep.Sweep(tiny_config(), MANY, tmp_path / "s", options, progress=False)
+    assert made.run()["members"] == 12
+    assert sorted(asked) == [1, 1, 2]  # shapes of both, and the start that the program is made of
+
+
+def test_results_are_read_once_and_few_checkpoints_are_written_at_a_time(
+    tiny_config, tmp_path, monkeypatch
+):
+    reads, read = [], sweep.search.result
+    monkeypatch.setattr(sweep.search, "result", lambda *a: reads.append(a) or read(*a))
+    monkeypatch.setattr(train, "SAVES", 2)
+    saving, most = set(), []
+    save, wait = Checkpoints.save, Checkpoints.wait
+
+    def saved(self, *args, **options):
+        save(self, *args, **options)
+        saving.add(self.directory)
+        most.append(len(saving))
+
+    def waited(self):
+        wait(self)
+        saving.discard(self.directory)
+
+    monkeypatch.setattr(Checkpoints, "save", saved)
+    monkeypatch.setattr(Checkpoints, "wait", waited)
+    config = tiny_config(training={"steps": 2, "save_every": 1})
+    options = sweep.Options(mode="packed")
+    sweep.Sweep(config, {"seed": MANY["seed"]}, tmp_path / "s", options, progress=False).run()
+    assert len(reads) == 6
+    assert max(most) == 2 and len(most) == 12
+    assert len(pd.read_csv(tmp_path / "s" / "results.csv")) == 6
+
+
+def test_as_many_at_once_as_files_may_be_open(tiny_config, tmp_path, monkeypatch, capsys):
+    limit = train.OTHER_FILES + 2 * train.FILES_A_SLOT
+    monkeypatch.setattr(sweep.host, "allow_open_files", lambda wanted: limit)
+    options = sweep.Options(dry=True, mode="packed")
+    sweep.Sweep(
+        tiny_config(), {"seed": MANY["seed"]}, tmp_path / "s", options, progress=False
+    ).run()
+    said = capsys.readouterr().out
+    assert "2 members at once: this process may open 264 files" in said
+    assert "pack of 6 members: packed, 2 at a time" in said
 
 
 def test_errors_name_the_nearest(finished, capsys):
