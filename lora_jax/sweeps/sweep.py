@@ -3,7 +3,8 @@
 The workdir holds `members/<name>/` (each an ordinary workdir), `results.csv` (grows as members
 finish), `updates.csv` (size and spectrum of every update, see `training.spectra`), plots,
 `report.html`, and `result.json` at the end. The same command continues
-an interrupted sweep; a larger grid in the same workdir runs what is new.
+an interrupted sweep; a larger grid in the same workdir runs what is new, and `result.json` then
+states the packs, programs and seconds of both commands.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ from lora_jax.sweeps.train import FILES_A_SLOT, OTHER_FILES, Done, Trainer
 from lora_jax.workbench import Workbench
 
 Mode = Literal["auto", "packed", "serial"]
+# Of a sweep's result: what adds up over commands in one workdir.
+_SPENT = (
+    "packs", "programs_compiled", "modes", "update_seconds", "expected_seconds", "seconds",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,10 +327,19 @@ class Sweep:
         made = updates.updates(self.members, self.folder)
         if not made.empty:
             report.write_csv(made, self.workdir / updates.CSV)
-        report.write(frame, made, self.keys, metric, higher, result, self.workdir)
-        write_json(self.workdir / RESULT, result)
+        total = self._with_earlier(result)
+        report.write(frame, made, self.keys, metric, higher, total, self.workdir)
+        write_json(self.workdir / RESULT, total)
         print(frame.to_string(index=False))
         return result
+
+    def _with_earlier(self, result: dict[str, Any]) -> dict[str, Any]:
+        """The result with what earlier commands in this workdir, which ran other members, took."""
+        path = self.workdir / RESULT
+        if not path.exists():
+            return result
+        before = json.loads(path.read_text())
+        return {**result, **{name: before[name] + result[name] for name in _SPENT}}
 
 
 def _with_files(slots: int) -> int:

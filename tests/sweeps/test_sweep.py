@@ -94,13 +94,20 @@ def test_members_are_ordinary_runs_with_adapters_of_their_own_rank(finished, cap
 def test_again_runs_nothing_and_a_larger_grid_what_is_new(finished, tiny_config, capsys):
     folder, file = finished
     command = ["sweep", file, "--workdir", str(folder / "s"), "--mode", "serial", "--quiet"]
+    first = json.loads((folder / "s" / "result.json").read_text())
     assert cli.main(command) == 0
     assert "4 members, 0 to run" in capsys.readouterr().out
+    again = json.loads((folder / "s" / "result.json").read_text())
+    # What there was to run took something, also after a command that ran nothing.
+    assert (again["packs"], again["programs_compiled"], again["modes"]) == (1, 1, ["packed"])
+    assert again["seconds"] > first["seconds"] and again["update_seconds"] > 0
     config = tiny_config(training={"steps": 4, "log_every": 2, "save_every": 2})
     write(folder / "grid.py", config, (1, 3, 2))
     assert cli.main(command) == 0
     assert "6 members, 2 to run" in capsys.readouterr().out
     assert len(pd.read_csv(folder / "s" / "results.csv")) == 6
+    larger = json.loads((folder / "s" / "result.json").read_text())
+    assert (larger["members"], larger["packs"], larger["modes"]) == (6, 2, ["packed", "serial"])
 
 
 MANY = {
