@@ -15,26 +15,24 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lora_jax import config as configs
-from lora_jax import host, training
 from lora_jax.errors import UserError
 from lora_jax.experiment import from_dict, to_dict
-from lora_jax.plan import device_bytes, device_memory
-from lora_jax.runs import RESULT, begin, environment, evaluate_base, write_json
-from lora_jax.sweeps import grid, pack, planner, report, search, updates
+from lora_jax.runs import RESULT, environment, evaluate_base, write_json
+from lora_jax.sweeps import grid, planner, report, search, updates
 from lora_jax.sweeps.grid import Member
-from lora_jax.sweeps.train import FILES_A_SLOT, OTHER_FILES, Done, Trainer
+from lora_jax.sweeps.prepare import Mode, Prepared, prepare
+from lora_jax.sweeps.train import Done, Trainer
 from lora_jax.workbench import Workbench
 
-Mode = Literal["auto", "packed", "serial"]
 # Of a sweep's result: what adds up over commands in one workdir.
 _SPENT = (
     "packs", "programs_compiled", "modes", "update_seconds", "expected_seconds", "seconds",
@@ -90,17 +88,6 @@ def sweep(
     base = to_dict(from_dict(configs.load_file(spec), overrides))
     sweeps = grid.generators(spec, options.generators)
     return Sweep(base, sweeps, Path(workdir), options, progress).run()
-
-
-@dataclasses.dataclass
-class Prepared:
-    """A pack that is ready to train: its program, and what is expected of it."""
-
-    plan: planner.PackPlan
-    program: pack.Program
-    mode: str
-    probed: int  # programs that were compiled for the choice alone
-    seconds: float
 
 
 class Sweep:
@@ -211,52 +198,10 @@ class Sweep:
         return plans
 
     def _prepare(self, plan: planner.PackPlan) -> Prepared:
-        """Compiles a pack's program, and chooses how many members are in it at once."""
-        members = plan.members
-        bench = self.bench(members[0])
-        start = begin(bench, members[0].experiment)
-        shapes, numbers = zip(*(bench.shapes(m.experiment) for m in members), strict=True)
-        like = pack.hull_state(start.method, start.tx, shapes, numbers)
-        axis = 1 if bench.mesh is None else bench.mesh.shape["sweep"]
-
-        def program(slots: int) -> pack.Program:
-            return pack.Program(bench, start, pack.Shape(like, slots), chunk=eval_chunk(slots))
-
-        mode, count = self.options.mode, len(members)
-        wanted = axis if mode == "serial" else min(count, self.options.slots or count)
-        most = _with_files(wanted)
-        first = self._fits(program(-(-most // axis) * axis), plan, bench, axis)
-        fewer = slot_counts(count, first.shape.slots, axis) if mode == "auto" else ()
-        chosen, seconds, probed = fastest(itertools.chain([first], map(program, fewer)), count)
-        mode = "serial" if chosen.shape.slots == axis else "packed"
-        seconds *= chosen.usual_share * members[0].experiment.training.steps
-        print(
-            f"pack of {count} members: {mode}, {chosen.shape.slots} at a time, "
-            f"{plan.params:,} parameters each ({plan.padding:.0%} padding), "
-            f"{chosen.bytes() / 2**30:.2f} GiB, about {seconds:.0f} s of training",
-            flush=True,
+        o = self.options
+        return prepare(
+            plan, self.bench(plan.members[0]), mode=o.mode, slots=o.slots, memory=o.memory
         )
-        return Prepared(plan, chosen, mode, probed, seconds)
-
-    def _fits(
-        self, program: pack.Program, plan: planner.PackPlan, bench: Workbench, axis: int
-    ) -> pack.Program:
-        """The program, or one with fewer slots that fits in memory."""
-        limit = self.options.memory or memory_bytes(bench)
-        while (need := program.bytes()) > limit:
-            slots = program.shape.slots
-            fewer = planner.fewer_slots(
-                slots, len(plan.members), fixed=device_bytes(program.frozen), need=need,
-                limit=limit, axis=axis,
-            )  # fmt: skip
-            if slots == axis or fewer >= slots:
-                raise UserError(
-                    f"a pack of {slots} needs {need / 2**30:.2f} GiB on a device and "
-                    f"{limit / 2**30:.2f} are "
-                    "there: use a smaller batch, remat, or a mesh with fsdp"
-                )
-            program = program.with_slots(fewer)
-        return program
 
     # Training.
 
@@ -339,43 +284,9 @@ class Sweep:
         if not path.exists():
             return result
         before = json.loads(path.read_text())
-        return {**result, **{name: before[name] + result[name] for name in _SPENT}}
-
-
-def _with_files(slots: int) -> int:
-    """How many slots this process may hold the files of, `slots` at most."""
-    allowed = host.allow_open_files(slots * FILES_A_SLOT + OTHER_FILES)
-    most = max(1, (allowed - OTHER_FILES) // FILES_A_SLOT)
-    if most < slots:
-        print(f"{most} members at once: this process may open {allowed} files (ulimit -n)")
-    return min(slots, most)
-
-
-def slot_counts(members: int, slots: int, axis: int) -> Iterator[int]:
-    """Numbers of slots to try besides `slots`: about thirds, down to one a device of the sweep axis
-    (`axis` of them), with as few as possible empty in the last round."""
-    while slots > axis:
-        third = max(axis, slots // 3 // axis * axis)
-        rounds = -(-members // third)
-        slots = min(third, -(-members // (rounds * axis)) * axis)
-        yield slots
-
-
-def fastest(programs: Iterable[pack.Program], members: int) -> tuple[pack.Program, float, int]:
-    """(program, seconds of one step of all members, programs that were compiled besides).
-
-    They are compiled and timed in turn until one is no faster: a CPU's caches hold few members at
-    once, where an accelerator is not busy with few.
-    """
-    best, least, compiled = None, math.inf, 0
-    for program in programs:
-        seconds = -(-members // program.shape.slots) * program.seconds_a_step()
-        compiled += program.programs
-        if seconds >= least:
-            break
-        best, least = program, seconds
-    assert best is not None
-    return best, least, compiled - best.programs
+        # An older version's result may lack some.
+        added = {name: before[name] + result[name] for name in _SPENT if name in before}
+        return {**result, **added}
 
 
 def _base_metrics(one: Prepared) -> Callable[[Member], dict[str, float]]:
@@ -392,17 +303,6 @@ def _base_metrics(one: Prepared) -> Callable[[Member], dict[str, float]]:
 def _programs(ready: Sequence[Prepared]) -> int:
     """Compiled for steps so far; other lengths of rows come as the data has them."""
     return sum(r.program.programs + r.probed for r in ready)
-
-
-def eval_chunk(slots: int) -> int:
-    """Slots evaluated together: a CPU is busy with one, an accelerator is not."""
-    return 1 if jax.default_backend() == "cpu" else min(slots, 8)
-
-
-def memory_bytes(bench: Workbench) -> int:
-    """What a pack may use of a device's (or, on a CPU, this host's) memory: 80 %."""
-    mesh = bench.mesh or training.make_mesh()
-    return int(device_memory(mesh, None) * 0.8)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import pytest
 
 from lora_jax.errors import UserError
 from lora_jax.sweeps import grid, padding, planner, search
-from lora_jax.sweeps.sweep import fastest, slot_counts
+from lora_jax.sweeps.prepare import fastest, slot_counts
 
 
 def tree(rank):

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import tokenizers
 
-from lora_jax import cli
+from lora_jax import cli, host
 from lora_jax.errors import UserError
 from lora_jax.methods import LoRA
 from lora_jax.sweeps import sweep, train
@@ -101,6 +101,9 @@ def test_again_runs_nothing_and_a_larger_grid_what_is_new(finished, tiny_config,
     # What there was to run took something, also after a command that ran nothing.
     assert (again["packs"], again["programs_compiled"], again["modes"]) == (1, 1, ["packed"])
     assert again["seconds"] > first["seconds"] and again["update_seconds"] > 0
+    # What an older version's result does not say is not added to.
+    del again["update_seconds"]
+    (folder / "s" / "result.json").write_text(json.dumps(again))
     config = tiny_config(training={"steps": 4, "log_every": 2, "save_every": 2})
     write(folder / "grid.py", config, (1, 3, 2))
     assert cli.main(command) == 0
@@ -161,7 +164,7 @@ def test_results_are_read_once_and_few_checkpoints_are_written_at_a_time(
 
 def test_as_many_at_once_as_files_may_be_open(tiny_config, tmp_path, monkeypatch, capsys):
     limit = train.OTHER_FILES + 2 * train.FILES_A_SLOT
-    monkeypatch.setattr(sweep.host, "allow_open_files", lambda wanted: limit)
+    monkeypatch.setattr(host, "allow_open_files", lambda wanted: limit)
     options = sweep.Options(dry=True, mode="packed")
     sweep.Sweep(
         tiny_config(), {"seed": MANY["seed"]}, tmp_path / "s", options, progress=False
