@@ -13,6 +13,7 @@ import pandas as pd
 from lora_jax.errors import UserError
 from lora_jax.inside import comparing, frames, opening, plots
 from lora_jax.inside.update import SIDES, Side, Update
+from lora_jax.progress import drawable
 
 _SHOWN = (
     "layer", "module", "rank", "norm", "stable_rank", "effective_rank", "entropy_rank", "rank_90",
@@ -157,7 +158,7 @@ def _sizes(found: Iterable[Update], side: Side) -> dict[str, int]:
 
 
 def _shown(found: list[Update], what: str, options: Options) -> Iterable[Update]:
-    if not options.progress or len(found) < 8:
+    if len(found) < 8 or not drawable(options.progress):
         return found
     from rich.progress import track
 

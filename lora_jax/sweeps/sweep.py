@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lora_jax import config as configs
 from lora_jax.errors import UserError
 from lora_jax.experiment import from_dict, to_dict
+from lora_jax.progress import drawable
 from lora_jax.runs import RESULT, environment, evaluate_base, write_json
 from lora_jax.sweeps import grid, planner, report, search, updates
 from lora_jax.sweeps.grid import Member
@@ -211,7 +212,7 @@ class Sweep:
         total = sum(m.experiment.training.steps for m in one.plan.members)
         with Progress(
             TextColumn("{task.fields[note]}"), BarColumn(bar_width=None), MofNCompleteColumn(),
-            TextColumn("steps"), TimeRemainingColumn(), disable=not self.progress,
+            TextColumn("steps"), TimeRemainingColumn(), disable=not drawable(self.progress),
         ) as bar:  # fmt: skip
             line = bar.add_task("pack", total=total, note=f"{len(one.plan.members)} members")
             trainer = Trainer(

@@ -20,6 +20,7 @@ from rich.progress import (
 )
 from tensorboardX import SummaryWriter
 
+from lora_jax.progress import drawable
 from lora_jax.training.spectra import Row, summary
 
 METRICS_FILE = "metrics.jsonl"
@@ -58,7 +59,7 @@ class Reporter:
             BarColumn(bar_width=None),
             TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(),
-            disable=not progress,
+            disable=not drawable(progress),
         )
         self._task = self._progress.add_task("train", total=steps, completed=start, note="")
 
