@@ -26,7 +26,9 @@ class Probe(Over):
     Args:
       w: the weight: an array, or another weight type.
       moments: [*batch, in + 1, in + 1], of any value: only its derivative matters.
-      weights: of the leading axes of x, shared by all layers: 0 leaves an input out.
+      weights: of the leading axes of x, shared by all layers: 0 leaves an input out. If they are
+        [B, T] and a module computes one position of each row, as the last layer does under a
+        scoring head, that one is an input unless all of its row is left out.
       path: W's path, for errors.
     """
 
@@ -50,21 +52,27 @@ class Probe(Over):
 
     def rule_dot_general(self, args: Sequence[Any], at: int, params: Any) -> Any:
         x, (contract, batch) = args[1 - at], params["dimension_numbers"]
-        rows = self.weights.ndim
+        weights = self._weights_of(x.shape[:-1])
         plain = (
             self.ndim == 2
             and not batch[at]
             and tuple(contract[at]) == (0,)
             and tuple(contract[1 - at]) == (x.ndim - 1,)
-            and x.shape[:rows] == self.weights.shape
         )
-        if not plain:
+        if not plain or weights is None:
             return NotImplemented
         pair = [x, self.w] if at == 1 else [self.w, x]
         y = apply_primitive("dot_general", pair, at, params)
-        weights = self.weights.reshape(self.weights.shape + (1,) * (x.ndim - 1 - rows))
-        weights = jnp.broadcast_to(weights, x.shape[:-1])
         return y + _observed(self.moments, x, weights).astype(y.dtype)
+
+    def _weights_of(self, shape: tuple[int, ...]) -> jax.Array | None:
+        """Of inputs in this arrangement; None where they are not those that the weights are of."""
+        weights, rows = self.weights, self.weights.ndim
+        if rows == 2 and shape[:2] == (weights.shape[0], 1):
+            weights = jnp.max(weights, axis=1, keepdims=True)
+        if shape[:rows] != weights.shape:
+            return None
+        return jnp.broadcast_to(weights.reshape(weights.shape + (1,) * (len(shape) - rows)), shape)
 
 
 @jax.custom_vjp

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import site_models
 from descendants import (
     BOTH,
     DOWN,
@@ -210,6 +211,23 @@ def test_eva_leaves_alone_what_it_gives_no_rank(monkeypatch):
     method = unprepared.prepare(lj.adapt(toy), toy_params(), [batch()])
     assert method.ranks(toy_params()) == {QUERY: [2] * L}
     assert set(method.init(KEY, toy_params())) == {QUERY}
+
+
+def test_eva_sees_the_one_position_that_a_scoring_head_reads():
+    """There the last layer has queries of [CLS] alone, and keys and values of all tokens."""
+    model, params = site_models.MODELS["bert"], site_models.params_of("bert")
+    mask = np.array([[1] * 6, [1] * 4 + [0] * 2, [0] * 6], np.int32)  # the last row: none at all
+    tokens = np.concatenate([site_models.TOKENS, site_models.TOKENS[:1]]).astype(np.int32)
+    seen = [{"tokens": tokens, "attention_mask": mask, "labels": np.zeros(3, np.int32)}]
+    method = ALL["eva"](rank=2, targets="attention/(query|value)$")
+    moments = method._moments(lj.adapt(model.apply), params, seen)
+    _, hidden = model.apply({"params": params}, tokens, mask, output_hidden_states=True)
+    last = np.asarray(hidden, np.float64)[-2]  # what the last layer reads, [B, T, D]
+    for name, inputs in {"query": last[:2, 0], "value": last[mask > 0]}.items():
+        x = np.concatenate([inputs, np.ones((len(inputs), 1))], axis=1)
+        found = moments[f"layers[1:2]/attention/{name}/kernel"][0]
+        np.testing.assert_allclose(found, x.T @ x, rtol=1e-4, atol=1e-4)
+    assert set(method.prepare(lj.adapt(model.apply), params, seen).ranks(params)) == set(moments)
 
 
 def test_lora_ga_starts_along_the_gradient():
