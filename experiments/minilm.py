@@ -86,7 +86,7 @@ def seeds(scale: str) -> int:
     return 1 if scale == "smoke" else 3
 
 
-def cost(methods: Mapping[str, Method], sentences: int = 4000) -> str:
-    """By some 30 s for 4,000 sentences: a run a rate, and two more seeds of the best."""
+def cost(methods: Mapping[str, Method]) -> str:
+    """By some 30 s for the 4,000 sentences: a run a rate, and two more seeds of the best."""
     runs = sum(len(rates) + 2 for _, _, rates in methods.values())
-    return f"about {runs * sentences / 8000:.0f} minutes on 2 CPU cores"
+    return f"about {runs / 2:.0f} minutes on 2 CPU cores"
