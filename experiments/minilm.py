@@ -47,7 +47,7 @@ def trained(
     Args:
       metric: None: the task's principal one.
       chosen_by: of the grid, if another than that.
-      grid: in place of the method's rates.
+      grid: in place of the method's rates; `smoke` takes the first.
       more: further overrides.
       arg: of configs/glue.py. `smoke` takes two steps of the first rate.
     """
@@ -56,7 +56,7 @@ def trained(
     fields = fields if kind == "full" else {"train": HEAD, **fields}
     overrides = {"method.kind": kind, **{f"method.{k}": v for k, v in fields.items()}, **more}
     if scale == "smoke":
-        spec["examples"], rates = 64, rates[:1]
+        spec["examples"], rates, grid = 64, rates[:1], grid[:1]
         overrides |= {"training.steps": 2, "training.eval_every": 2,
                       "data.validation": "validation[:16]"}  # fmt: skip
     tried = grid or [{"optimizer.learning_rate": rate} for rate in rates]
