@@ -6,10 +6,9 @@
 majority class), each method at the size whose number of trained parameters is closest to that of
 LoRA r=8 (`lora_jax.match_budget`; the new head trains whole in all, and counts), its learning rate
 the better of two on seed 0, then 3 seeds, each after its last update; paired intervals against head
-only and against LoRA. Prompts, prefixes of keys and values and AdaLoRA's products of three small
-factors learn nothing at the head's rate, and the head gets lost at theirs: it keeps to its own there.
-Methods that have no size stand at the one they have. No paper prints this table. `GLUE_DIR` names a
-folder with TFDS's glue.
+only and against LoRA. At the rates that prompts, prefixes of keys and values, and AdaLoRA need, a
+head gets lost: beside them it keeps to its own. Methods that have no size stand at the one they
+have. No paper prints this table. `GLUE_DIR` names a folder with TFDS's glue.
 """
 
 from collections.abc import Mapping
