@@ -6,9 +6,9 @@
 majority class), each method at the size whose number of trained parameters is closest to that of
 LoRA r=8 (`lora_jax.match_budget`; the new head trains whole in all, and counts), its learning rate
 the better of two on seed 0, then 3 seeds, each after its last update; paired intervals against head
-only and against LoRA. At the rates that prompts, prefixes of keys and values, and AdaLoRA need, a
-head gets lost: beside them it keeps to its own. Methods that have no size stand at the one they
-have. No paper prints this table. `GLUE_DIR` names a folder with TFDS's glue.
+only and against LoRA. At the rates that prompts, prefixes of keys and values, VeRA and AdaLoRA
+need, a head gets lost: beside them it keeps to its own. Methods that have no size stand at the one
+they have. No paper prints this table. `GLUE_DIR` names a folder with TFDS's glue.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ METHODS: dict[str, minilm.Method] = {
     "AdapterDrop": ("adapter_d", {"drop": 3}, FACTORS),
     "PrefixEmbed": ("prefix_embedding", {"prefix": 20}, ACTIVATIONS),
     "PrefixLayer": ("prefix_layer", {}, ACTIVATIONS),
-    "LoRA+PrefixEmbed": ("lora_prefix_embedding", {}, FACTORS),
+    "LoRA+PrefixEmbed": ("lora_prefix_embedding", {"prefix": 2}, FACTORS),
     "LoRA+PrefixLayer": ("lora_prefix_layer", {}, FACTORS),
     "Prefix-Tuning": ("prefix_tuning", {"hidden": 12}, (3e-3, 1e-2)),
     "Prompt Tuning": ("prompt_tuning", {"length": 20}, (2e-2, 1e-1)),
@@ -44,7 +44,7 @@ METHODS: dict[str, minilm.Method] = {
     "DoRA": ("dora", {}, FACTORS),
     "PiSSA": ("pissa", {}, (1e-4, 4e-4)),
     "OLoRA": ("olora", {}, (1e-4, 4e-4)),
-    "VeRA": ("vera", {"rank": 256}, VECTORS),
+    "VeRA": ("vera", {"rank": 256}, (1e-2, 3e-2)),
     "IA3": ("ia3", {}, VECTORS),
     "LoHa": ("loha", {}, FACTORS),
     "LoKr": ("lokr", {}, FACTORS),
@@ -58,7 +58,7 @@ METHODS: dict[str, minilm.Method] = {
     "subspace": ("subspace", {"targets": "^layers/"}, (1e-3, 5e-3)),
 }
 # Methods with rates far above what a head can stand, which keeps to the better of its own two.
-APART = ("Prefix-Tuning", "Prompt Tuning", "P-tuning v2", "AdaLoRA")
+APART = ("Prefix-Tuning", "Prompt Tuning", "P-tuning v2", "VeRA", "AdaLoRA")
 HEAD_RATE = METHODS["head only"][2][0]
 EXAMPLES, EPOCHS, BATCH = 2000, 3, 8
 # Half of the sentences have at most 11 tokens, the longest 40.
