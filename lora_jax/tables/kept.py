@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,8 +14,9 @@ from typing import Any
 from lora_jax.errors import UserError
 from lora_jax.statistics import Summary
 from lora_jax.tables.table import Filled, Table
-from lora_jax.tables.work import Measured
+from lora_jax.tables.work import Measured, Work
 
+log = logging.getLogger(__name__)
 _FIELDS = ("trainable_params", "seconds", "chosen", "notes")
 
 
@@ -21,7 +24,10 @@ def text(filled: Filled) -> str:
     """JSON of the rows that have a number."""
     places = list(dict.fromkeys(line.measured.where for line in filled.lines))
     rows = {
-        line.row.name: _kept(line.measured, places.index(line.measured.where))
+        line.row.name: {
+            "settings": settings(line.row.work),
+            **_kept(line.measured, places.index(line.measured.where)),
+        }
         for line in filled.lines
         if line.measured.values or line.measured.summary
     }
@@ -32,9 +38,11 @@ def text(filled: Filled) -> str:
 def read(paths: Sequence[Path], table: Table, scale: str) -> dict[str, Measured]:
     """What files have of a table's rows, by name; of a row that several have, the first's.
 
+    A row that was measured with other settings than the table's now is left out, with a warning.
+
     Raises UserError for a file that is none of these, or is of another table or scale.
     """
-    names = {row.name for row in table.rows}
+    works = {row.name: row.work for row in table.rows}
     found: dict[str, Measured] = {}
     for path in paths:
         content = _content(path)
@@ -43,11 +51,34 @@ def read(paths: Sequence[Path], table: Table, scale: str) -> dict[str, Measured]
                 f"--known {path} is of {content['title']!r} at scale {content['scale']}, not of "
                 f"{table.title!r} at scale {scale}"
             )
-        if odd := sorted(content["rows"].keys() - names):
+        if odd := sorted(content["rows"].keys() - works.keys()):
             raise UserError(f"--known {path} has a row {odd[0]!r}, which the table has not")
         for name, row in content["rows"].items():
+            if row.get("settings") not in (None, settings(works[name])):
+                log.warning("--known %s: %s was measured with other settings", path, name)
+                continue
             found.setdefault(name, _measured(row, f"{path} {row['runs']}"))
     return found
+
+
+def settings(work: Work) -> str | None:
+    """A hash of what the runs of a config are told; None where a function makes the number.
+
+    Folders that an argument of the config names are no part of it: machines have their own.
+    """
+    config = getattr(work, "config", None)
+    if not (dataclasses.is_dataclass(work) and isinstance(config, str)):
+        return None
+    path, _, arg = config.partition(":")
+    told = [x for x in arg.split(",") if not Path(x.partition("=")[2] or ".").is_absolute()]
+    fields = {f.name: getattr(work, f.name) for f in dataclasses.fields(work)}
+    content = {**fields, "config": [Path(path).name, *told]}
+    plain = json.dumps(content, sort_keys=True, default=_plain)
+    return hashlib.sha256(plain.encode()).hexdigest()[:12]
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else vars(value)
 
 
 def _content(path: Path) -> Mapping[str, Any]:

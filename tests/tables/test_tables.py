@@ -14,9 +14,10 @@ import pytest
 
 from lora_jax import cli, statistics, tables
 from lora_jax.errors import UserError
-from lora_jax.tables import published, render
+from lora_jax.tables import kept, published, render
 from lora_jax.tables.quoted import quoted
-from lora_jax.tables.table import COLUMNS
+from lora_jax.tables.table import COLUMNS, Filled, Line
+from lora_jax.tables.work import Measured
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
@@ -315,6 +316,21 @@ def test_machines_share_the_rows_of_a_table(tmp_path: Path, capsys: Any) -> None
     assert "is not the NAME.json that" in capsys.readouterr().err
     assert table("x", "--known", str(tmp_path / "none.json")) == 2
     assert "No such file" in capsys.readouterr().err
+
+
+def test_a_kept_row_of_other_settings_is_measured_anew(tmp_path: Path, caplog: Any) -> None:
+    def table(folder: str, rate: float) -> tables.Table:
+        trained = tables.Trained(f"/{folder}/c.py:task=a,data_dir=/{folder}", grid=[{"rate": rate}])
+        function = tables.Computed(lambda folder, seed: {"value": 1.0}, name="one")
+        return tables.Table("t", (tables.Row("r", "m", trained), tables.Row("s", "m", function)))
+
+    kept_file, here = tmp_path / "t.json", table("here", 1.0)
+    lines = tuple(Line(row, None, Measured({0: 1.0}), None) for row in here.rows)
+    kept_file.write_text(kept.text(Filled(here, "small", lines)))
+    assert list(kept.read([kept_file], table("there", 1.0), "small")) == ["r / m", "s / m"]
+    assert not caplog.records
+    assert list(kept.read([kept_file], table("here", 2.0), "small")) == ["s / m"]
+    assert "r / m was measured with other settings" in caplog.text
 
 
 def test_the_command_says_what_it_will_cost_first(tmp_path: Path, capsys: Any) -> None:
