@@ -78,7 +78,8 @@ def literal(text: str) -> Any:
 def override(config: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     """Applies `method.rank=4` and the like to an expanded config; unknown keys are UserErrors.
 
-    Changing a `kind` drops the fields of the old kind, so put it before the fields of the new.
+    Changing a `kind` drops the fields of the old kind, so put it before the fields of the new; it
+    also begins what is None (`evaluation.forgetting.kind=files`).
     """
     for assignment in assignments:
         dotted, equals, text = assignment.partition("=")
@@ -97,8 +98,12 @@ def assign(config: dict[str, Any], dotted: str, value: Any) -> dict[str, Any]:
         if not isinstance(node, dict) or (key not in node and "kind" not in node):
             known = node if isinstance(node, dict) else ()
             where = ".".join([*parents, last][:at]) or "the config"
+            if node is None:
+                raise UserError(f"{where} is none; set {where}.kind first, if it has kinds")
             raise UserError(f"{where} has no key {key!r}; {nearest(key, known)}")
         if at < len(parents):
+            if node[key] is None and [*parents, last][at + 1] == "kind":
+                node[key] = {"kind": None}  # there was none: it begins with its kind
             node = node[key]
     if last == "kind" and node["kind"] != value:
         node.clear()

@@ -39,7 +39,8 @@ class DataConfig:
 
     source: Any
     task: Any
-    validation: str = "validation[:128]"  # the source's split for evaluation
+    validation: str = "validation[:128]"  # the split for evaluation
+    validation_source: Any = None  # that it is a split of, if not of `source`
     batch_size: int = 8  # rows a step
     length: int = 128  # tokens a row
     packing: bool = True  # several examples a row; language models only
@@ -47,6 +48,11 @@ class DataConfig:
     loss: Literal["completion", "all"] = "completion"
     too_long: Literal["error", "truncate", "drop"] = "error"
     seed: int = 0  # of the order: runs that differ in Experiment.seed alone see the same batches
+
+    @property
+    def validating(self) -> Any:
+        """The source of the validation records."""
+        return dataclasses.replace(self.validation_source or self.source, split=self.validation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +120,7 @@ def kinds() -> dict[str, configs.Kinds]:
     return {
         "method": methods.METHODS,
         "source": source,
+        "validation_source": source,
         "forgetting": source,
         "task": tasks.TASKS,
     }

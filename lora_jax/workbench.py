@@ -5,7 +5,6 @@ A single run has a workbench of its own; the members of a sweep work on one.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -108,9 +107,7 @@ class Workbench:
 
     @functools.cached_property
     def validation_records(self) -> list[Any]:
-        d = self.experiment.data
-        records = dataclasses.replace(d.source, split=d.validation).open()
-        return list(self.task.evaluation_records(records))
+        return list(self.task.evaluation_records(self.experiment.data.validating.open()))
 
     @functools.cached_property
     def placeholders(self) -> tuple[int, ...]:
@@ -199,8 +196,7 @@ class Workbench:
         """The validation records as inputs of `output`, with the record of each row (`rows`)."""
         e = self.experiment.evaluation
         if self.by_loss:
-            d = self.experiment.data
-            opened = dataclasses.replace(d.source, split=d.validation).open()
+            opened = self.experiment.data.validating.open()
             return self._loss_batches(self.task.examples(opened, self.tokenizer))
         records = self.validation_records
         if self.task.head == "lm":

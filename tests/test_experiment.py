@@ -89,3 +89,25 @@ def test_importing_the_package_loads_no_heavy_library():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
     assert "llama" in models.FAMILIES
+
+
+def test_validation_records_may_be_of_a_source_of_their_own(tiny_config, tmp_path):
+    """Another file, or another data set: what was learnt, on what it was not learnt from."""
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps({"q": f"{i}", "b": f"{i}"}) + "\n" for i in range(5)))
+    mine = {"kind": "files", "path": str(path), "fields": {"a": "q", "b": "b"}}
+    built = experiment.from_dict(
+        tiny_config(data={"validation_source": mine, "validation": "[1:3]"})
+    )
+    assert experiment.from_dict(experiment.to_dict(built)) == built
+    bench = runs.Workbench(built)
+    assert bench.validation_records == [{"a": "1", "b": "1"}, {"a": "2", "b": "2"}]
+    assert len(bench.train_records) == 20
+    with pytest.raises(UserError, match=r"data\.validation_source must be a mapping with a kind"):
+        experiment.from_dict(tiny_config(data={"validation_source": str(path)}))
+    where = "data.validation_source"
+    words = [f"{where}.kind=files", f"{where}.path={path}", "data.validation=[:1]"]
+    again = runs.Workbench(experiment.from_dict(tiny_config(), words))
+    assert again.validation_records == [{"q": "0", "b": "0"}]
+    with pytest.raises(UserError, match=rf"{where} is none; set {where}\.kind first"):
+        experiment.from_dict(tiny_config(), words[1:])
