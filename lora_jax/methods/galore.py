@@ -14,6 +14,7 @@ from lora_jax import partition
 from lora_jax.errors import UserError
 from lora_jax.methods import base
 from lora_jax.methods.full import FullFineTuning
+from lora_jax.methods.seldom import where_due
 
 
 class GaLoreState(NamedTuple):
@@ -94,10 +95,9 @@ class GaLore(FullFineTuning):
         def update(grads: Any, state: GaLoreState, params: Any = None) -> tuple[Any, GaLoreState]:
             if params is None:
                 raise UserError("GaLore needs the parameters: tx.update(grads, state, params)")
-            p = jax.lax.cond(
+            p = where_due(
                 state.updates % self.every == 0,
                 lambda old, g: {path: self._projection(g[path]) for path in old},
-                lambda old, g: old,
                 state.projections, {path: grads[path] for path in state.projections},
             )  # fmt: skip
             small = _map(grads, p, down)

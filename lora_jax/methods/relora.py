@@ -15,6 +15,7 @@ from lora_jax import partition
 from lora_jax.errors import UserError
 from lora_jax.methods import base
 from lora_jax.methods.lora import LoRA
+from lora_jax.methods.seldom import where_due
 from lora_jax.tensors.base import densify
 from lora_jax.tensors.summed import Summed
 
@@ -125,26 +126,31 @@ class ReLoRA(LoRA):
     def after_update(self, state: Any) -> Any:
         """Every `every` updates: Δ += s·A·B, A drawn anew, B zero, most of the moments zero."""
         merges = state.step % self.every == 0
-        return jax.lax.cond(merges, self._restart, lambda s: s, state)
+        changed = (state.trainable, state.opt_state)
+        given = (state.step, state.keys, state.numbers)
+        trainable, opt_state = where_due(merges, self._restart, changed, *given)
+        return state.replace(trainable=trainable, opt_state=opt_state)
 
-    def _restart(self, state: Any) -> Any:
-        stream = jax.random.fold_in(state.keys["dropout"], zlib.crc32(b"relora"))
-        key = jax.random.fold_in(stream, state.step)
+    def _restart(self, changed: Any, step: Any, keys: Any, numbers: Any) -> Any:
+        """(trainable, opt_state) after a merge."""
+        before, moments = changed
+        stream = jax.random.fold_in(keys["dropout"], zlib.crc32(b"relora"))
+        key = jax.random.fold_in(stream, step)
         # The trainable tree has the paths and shapes that targets and ranks are found by, but none
         # of leaves of rank 0.
-        shapes = {p: v["delta"] if _has_delta(v) else v for p, v in state.trainable.items()}
-        trainable = dict(state.trainable)
+        shapes = {p: v["delta"] if _has_delta(v) else v for p, v in before.items()}
+        trainable = dict(before)
         for path, ranks in self._ranks_of(shapes).items():
-            value, scale = trainable[path], state.numbers["scale"][path]
+            value, scale = trainable[path], numbers["scale"][path]
             update = self._weight(path, value["delta"], value, scale).delta()
             fresh = self._factors(key, path, value["delta"], ranks)
             trainable[path] = {**fresh, "delta": value["delta"] + update}
         factors = {p for p, v in trainable.items() if _has_delta(v)}
         opt_state = jax.tree_util.tree_map_with_path(
             lambda path, x: self._pruned(path, x) if _is_moment(path, factors) else x,
-            state.opt_state,
+            moments,
         )
-        return state.replace(trainable=trainable, opt_state=opt_state)
+        return trainable, opt_state
 
     def _pruned(self, path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         if self.prune == 1.0:
