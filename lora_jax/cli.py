@@ -183,6 +183,7 @@ def _table(args: argparse.Namespace, overrides: list[str]) -> None:
         table, args.scale, workdir,
         rows=args.rows, seeds=args.seeds, progress=not args.quiet,
         known=kept.read([Path(p) for p in args.known], table, args.scale),
+        earlier=kept.earlier(workdir / f"{name}.json", table, args.scale),
         after=lambda so_far: render.write(so_far, workdir, name),
     )  # fmt: skip
     print(render.markdown(filled))

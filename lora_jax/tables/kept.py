@@ -61,6 +61,23 @@ def read(paths: Sequence[Path], table: Table, scale: str) -> dict[str, Measured]
     return found
 
 
+def earlier(path: Path, table: Table, scale: str) -> dict[str, Measured]:
+    """What the last call wrote of rows that are in the table now; nothing where there is no such
+    file, or the table has another title."""
+    try:
+        content = _content(path)
+    except UserError:
+        return {}
+    if (content["title"], content["scale"]) != (table.title, scale):
+        return {}
+    works = {row.name: row.work for row in table.rows}
+    return {
+        name: _measured(row, f"{path} {row['runs']}")
+        for name, row in content["rows"].items()
+        if name in works and row.get("settings") in (None, settings(works[name]))
+    }
+
+
 def settings(work: Work) -> str | None:
     """A hash of what the runs of a config are told; None where a function makes the number.
 

@@ -188,6 +188,7 @@ def run(
     seeds: int | None = None,
     progress: bool = True,
     known: Mapping[str, Measured] = MappingProxyType({}),
+    earlier: Mapping[str, Measured] = MappingProxyType({}),
     after: Callable[[Filled], object] = lambda _: None,
 ) -> Filled:
     """Measures what is missing, row by row.
@@ -196,27 +197,38 @@ def run(
     package that is not here) stands with that reason, and the others are run: see `Filled.failed`.
 
     Args:
-      rows: regex of the rows to measure, over "label / metric"; the others stand as not run.
+      rows: regex of the rows to measure, over "label / metric"; the others stand as they were
+        `earlier`, or as not run.
       seeds: in place of the table's own number.
       known: rows that are measured already, by name: see `kept.read`. Those that have all seeds are
         not run.
-      after: called with the `Filled` so far after each row.
+      earlier: what an earlier call gave, by name: see `kept.earlier`.
+      after: called with the `Filled` so far after each row: it has what is known or earlier too.
 
     Raises UserError where `rows` is no regex, or of no row.
     """
     wanted = _pattern(rows, table)
     numbers = list(range(seeds or table.seeds))
-    lines: list[Line] = []
+
+    def of(some: Mapping[str, Measured]) -> dict[str, Measured]:
+        taken = {name: measured.of(numbers) for name, measured in some.items()}
+        return {name: measured for name, measured in taken.items() if measured is not None}
+
+    final = of(known)
+    measured = {**of(earlier), **final}
+
+    def filled() -> Filled:
+        there = [row for row in table.rows if row.name in measured]
+        lines = tuple(_line(table, row, measured[row.name]) for row in there)
+        return Filled(table, scale, lines)
+
     for row in table.rows:
-        if row.name in known and (taken := known[row.name].of(numbers)) is not None:
-            measured = taken
-        elif wanted.search(row.name):
-            measured = _measure(row, workdir / scale / row.folder, numbers, progress)
-        else:
-            measured = Measured({}, reason="left out by --rows")
-        lines.append(_line(table, row, measured))
-        after(Filled(table, scale, tuple(lines)))
-    return Filled(table, scale, tuple(lines))
+        if row.name not in final and wanted.search(row.name):
+            measured[row.name] = _measure(row, workdir / scale / row.folder, numbers, progress)
+        elif row.name not in measured:
+            measured[row.name] = Measured({}, reason="left out by --rows")
+        after(filled())
+    return filled()
 
 
 def _pattern(rows: str, table: Table) -> re.Pattern[str]:

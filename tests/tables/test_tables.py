@@ -318,6 +318,34 @@ def test_machines_share_the_rows_of_a_table(tmp_path: Path, capsys: Any) -> None
     assert "No such file" in capsys.readouterr().err
 
 
+def test_rows_left_out_stand_as_they_were_measured_before(tmp_path: Path) -> None:
+    experiment, calls = tmp_path / "exp.py", tmp_path / "calls"
+    experiment.write_text(SHARED.format(calls=str(calls)))
+
+    def table(*more: str) -> int:
+        return cli.main(["table", str(experiment), "--workdir", str(tmp_path / "w"), *more])
+
+    assert table("--rows", "^b / ") == table("--rows", "^a / ") == 0
+    frame = pd.read_csv(tmp_path / "w" / "exp.csv").set_index(["row", "metric"])
+    assert list(frame["seeds"]) == [2, 2, 2, 2, 0] and len(calls.read_text()) == 4
+    # A later row is not lost while an earlier one is measured.
+    loaded = tables.load(str(experiment), "small")
+    before = kept.earlier(tmp_path / "w" / "exp.json", loaded, "small")
+    seen: list[int] = []
+    tables.run(
+        loaded, "small", tmp_path / "w", rows="^a / ", progress=False, earlier=before,
+        after=lambda filled: seen.append(sum(bool(x.measured.values) for x in filled.lines)),
+    )  # fmt: skip
+    assert seen == [4] * 5
+    # Neither of more seeds than there were, nor of another table.
+    assert table("--rows", "^a / ", "--seeds", "3") == 0
+    frame = pd.read_csv(tmp_path / "w" / "exp.csv").set_index(["row", "metric"])
+    assert list(frame["seeds"]) == [3, 3, 0, 0, 0]
+    other = dataclasses.replace(loaded, title="another")
+    assert kept.earlier(tmp_path / "w" / "exp.json", other, "small") == {}
+    assert kept.earlier(tmp_path / "none.json", loaded, "small") == {}
+
+
 def test_a_kept_row_of_other_settings_is_measured_anew(tmp_path: Path, caplog: Any) -> None:
     def table(folder: str, rate: float) -> tables.Table:
         trained = tables.Trained(f"/{folder}/c.py:task=a,data_dir=/{folder}", grid=[{"rate": rate}])
