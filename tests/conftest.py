@@ -6,8 +6,11 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 flags = os.environ.get("XLA_FLAGS", "")
-if "host_platform_device_count" not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=4".strip()
+# Compiling takes longer than what is compiled: of a test's small programs nothing is optimised.
+for flag in ("xla_force_host_platform_device_count=4", "xla_backend_optimization_level=0"):
+    if flag.partition("=")[0] not in flags:
+        flags += f" --{flag}"
+os.environ["XLA_FLAGS"] = flags.strip()
 
 # The same program is compiled by many tests, in several processes: the first one's is kept.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/lora_jax_tests_xla")

@@ -14,7 +14,6 @@ from lora_jax import methods
 from lora_jax.methods import adalora, eva, galore, lora_ga, lora_xs, relora, vera
 
 KEY = jax.random.key(0)
-FAST = {"xla_backend_optimization_level": 0}  # compiling is most of the time here
 L, D, H, V = 3, 6, 10, 8
 LAYERS = f"layers[0:{L}]"
 QUERY, VALUE, DOWN = (
@@ -64,7 +63,7 @@ def toy_loss(variables: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
     return jnp.sum(jax.nn.logsumexp(logits, -1) - chosen), jnp.float32(chosen.size)
 
 
-@functools.partial(jax.jit, compiler_options=FAST)
+@jax.jit
 def logits(variables: Any) -> jax.Array:
     return lj.adapt(toy)(variables, TOKENS)
 

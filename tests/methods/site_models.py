@@ -18,7 +18,6 @@ from lora_jax.pretrained.assemble import abstract_params
 
 V, L, D, B, T = 31, 2, 16, 2, 6
 KEY = jax.random.key(0)
-FAST = {"xla_backend_optimization_level": 0}  # compiling is most of the time here
 TOKENS = np.random.default_rng(0).integers(4, V, (B, T))
 SIZES: dict[str, Any] = {
     "vocab_size": V, "hidden_size": D, "num_layers": L, "num_heads": 4, "mlp_size": 20,
@@ -50,7 +49,7 @@ def params_of(name: str) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "options"), compiler_options=FAST)
+@functools.partial(jax.jit, static_argnames=("model", "options"))
 def _run(model: Any, variables: Any, tokens: Any, arrays: Any, options: Any) -> Any:
     return lj.adapt(model.apply)(variables, tokens, **arrays, **dict(options))
 

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from site_models import (
-    FAST,
     KEY,
     MODELS,
     PAPERS,
@@ -92,8 +91,8 @@ def test_members_and_remat_change_nothing() -> None:
 
     plain = MODELS["llama"]
     remat = type(plain)(dataclasses.replace(plain.config, remat="full"))
-    together = jax.jit(jax.vmap(gradient(remat)), compiler_options=FAST)(padding.stack(starts))
-    alone = jax.jit(gradient(plain), compiler_options=FAST)
+    together = jax.jit(jax.vmap(gradient(remat)))(padding.stack(starts))
+    alone = jax.jit(gradient(plain))
     for index, start in enumerate(starts):
         got = jax.tree.leaves(padding.take(together, index))
         for a, b in zip(got, jax.tree.leaves(alone(start)), strict=True):
@@ -191,7 +190,7 @@ def test_a_smaller_adapter_padded_with_zeros_trains_alike() -> None:
             np.testing.assert_array_equal(  # the smaller start is the larger one's beginning
                 jax.tree.leaves(start.trainable)[0], jax.tree.leaves(state.trainable)[0][..., :2]
             )
-        step = jax.jit(step_function(loss, method, tx), compiler_options=FAST)
+        step = jax.jit(step_function(loss, method, tx))
         for _ in range(5):
             state, _ = step(params, state, batch)
         found.append(state.trainable)

@@ -12,7 +12,6 @@ import optax
 import pytest
 from descendants import (
     BOTH,
-    FAST,
     KEY,
     METHODS,
     batch,
@@ -121,7 +120,7 @@ def test_padding_is_exact_under_training(name):
     )  # fmt: skip
 
     def train(method, state):
-        step = jax.jit(step_function(toy_loss, method, tx), compiler_options=FAST)
+        step = jax.jit(step_function(toy_loss, method, tx))
         for i in range(3):
             state, _ = step(params, state, batch(i))
         return state.trainable

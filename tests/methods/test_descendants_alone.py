@@ -14,7 +14,6 @@ import site_models
 from descendants import (
     BOTH,
     DOWN,
-    FAST,
     KEY,
     METHODS,
     QUERY,
@@ -81,7 +80,7 @@ def run(method, steps, *, lr=0.01, config=None, **changes):
         OptimizerConfig(learning_rate=lr, schedule="constant", **(config or {})), steps
     )
     state = init_state(method, params, tx, **changes)
-    step = jax.jit(step_function(toy_loss, method, tx), compiler_options=FAST)
+    step = jax.jit(step_function(toy_loss, method, tx))
     states = [state]
     for i in range(steps):
         states.append(step(params, states[-1], batch(i))[0])

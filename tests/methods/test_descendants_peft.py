@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from descendants import FAST
 from safetensors.numpy import load_file, save_file
 
 import lora_jax as lj
@@ -123,7 +122,7 @@ def trained(name):
     return unpadded(method, params, moved(method.init(jax.random.key(0), params)))
 
 
-@functools.partial(jax.jit, compiler_options=FAST)
+@jax.jit
 def _logits(variables):
     return lj.adapt(ours()[0].apply)(variables, TOKENS)
 
@@ -145,7 +144,7 @@ def test_to_peft(tmp_path, folder, name):
 
     numbers = method.numbers(params)
 
-    @functools.partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def both(trainable):
         def total(t):
             y = lj.adapt(model.apply)(method.combine(params, t, numbers=numbers), TOKENS)

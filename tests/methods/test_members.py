@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import descendants
 import jax
 import jax.numpy as jnp
@@ -59,7 +57,7 @@ def apply(variables, tokens):
     return lj.adapt(toy)(variables, tokens)
 
 
-run = jax.jit(apply, compiler_options=descendants.FAST)
+run = jax.jit(apply)
 
 
 def served(stack, params, tokens=TOKENS, **options):
@@ -68,7 +66,7 @@ def served(stack, params, tokens=TOKENS, **options):
     def call(trainable, rows):
         return apply(stack.combine(params, rows, trainable=trainable, **options), tokens)
 
-    return jax.jit(call, compiler_options=descendants.FAST)
+    return jax.jit(call)
 
 
 def check_rows(params, some):
@@ -113,7 +111,7 @@ def test_gradients_are_those_of_each_adapter_on_its_rows():
 
     serve = served(stack, params).__wrapped__
 
-    @functools.partial(jax.jit, compiler_options=descendants.FAST)
+    @jax.jit
     def gradient(trainable, rows):
         return jax.grad(lambda t: jnp.sum(jnp.sin(serve(t, rows))))(trainable)
 
@@ -124,7 +122,7 @@ def test_gradients_are_those_of_each_adapter_on_its_rows():
             logits = apply(method.combine(params, t), TOKENS[member == ROWS])
             return jnp.sum(jnp.sin(logits))
 
-        wanted = jax.jit(jax.grad(alone), compiler_options=descendants.FAST)(trainable)
+        wanted = jax.jit(jax.grad(alone))(trainable)
         got = stack.take(member, grads)[1]
         for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
             np.testing.assert_allclose(x, y, atol=3e-4 * np.abs(y).max(), rtol=1e-3)
@@ -159,7 +157,7 @@ def test_a_real_model(tiny_base):
     some = [(m, moved(m.init(KEY, params), seed=i, size=0.1)) for i, m in enumerate(every)]
     stack = stack_adapters(params, some)
     tokens = np.random.default_rng(0).integers(0, 250, (5, 7)).astype(np.int32)
-    call = jax.jit(lj.adapt(model.apply), compiler_options=descendants.FAST)
+    call = jax.jit(lj.adapt(model.apply))
     together = call(stack.combine(params, ROWS), tokens)
     for member, (method, trainable) in enumerate(some):
         merged = {"params": method.merge(params, trainable)}

@@ -16,7 +16,6 @@ from lora_jax.models.gpt2 import GPT2, GPT2Config
 from lora_jax.models.llama import Llama, LlamaConfig
 
 V, L, D, B, T = 37, 3, 16, 2, 7
-FAST = {"xla_backend_optimization_level": 0}  # compiling is most of the time here
 TOKENS = np.random.default_rng(0).integers(4, V, (B, T))
 SIZES: dict[str, Any] = {
     "vocab_size": V, "hidden_size": D, "num_layers": L, "num_heads": 4, "mlp_size": 20,
@@ -55,14 +54,13 @@ def params_of(name: str) -> Any:
 @functools.partial(
     jax.jit,
     static_argnames=("model", "method", "output_hidden_states", "deterministic"),
-    compiler_options=FAST,
 )
 def apply(model: Any, params: Any, tokens: Any = TOKENS, sites: Any = None, **options: Any) -> Any:
     variables = {"params": params} | ({"sites": sites} if sites else {})
     return model.apply(variables, tokens, **options)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "first"), compiler_options=FAST)
+@functools.partial(jax.jit, static_argnames=("model", "first"))
 def step(model: Any, params: Any, sites: Any, cache: Any, index: Any, tokens: Any, first: bool,
          **options: Any) -> Any:  # fmt: skip
     """One call with a cache. A prompt site is written by the call with a concrete index 0."""

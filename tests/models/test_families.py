@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import (
-    FAST,
     MODELS,
     TOKENS,
     B,
@@ -183,7 +182,7 @@ def test_unroll_and_remat_change_neither_value_nor_gradient(family: tuple) -> No
         return sum(leaf.size for leaf in jax.tree.leaves(kept))
 
     def run(m: Any) -> Any:
-        return jax.jit(jax.value_and_grad(gradient_of(m)), compiler_options=FAST)(params)
+        return jax.jit(jax.value_and_grad(gradient_of(m)))(params)
 
     value, gradient = run(model)
     v, g = run(changed(model, unroll=2, remat="full"))
@@ -231,10 +230,7 @@ def test_lora_equals_the_merged_model(name: str) -> None:
         out = model.apply({"params": method.merge(params, t)}, TOKENS)
         return jnp.sum(out**2), out
 
-    run = {
-        f: jax.jit(jax.grad(f, has_aux=True), compiler_options=FAST)(moved_all)
-        for f in (ours, merged)
-    }
+    run = {f: jax.jit(jax.grad(f, has_aux=True))(moved_all) for f in (ours, merged)}
     (got, out), (want, expected) = run[ours], run[merged]
     differ(expected, apply(MODELS[name], params))
     near(out, expected, 1e-4)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import FAST, MODELS, TOKENS, B, D, L, T, apply, draw, near, prefix, prompt
+from families import MODELS, TOKENS, B, D, L, T, apply, draw, near, prefix, prompt
 
 from lora_jax.models import Site
 from lora_jax.pretrained.assemble import abstract_params
@@ -48,7 +48,7 @@ def test_one_position_gives_the_same_scores_and_gradients(scoring: tuple, mask: 
     model, params = scoring
     weights = np.random.default_rng(2).normal(size=(B, 2))
 
-    @functools.partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss(params: Any) -> Any:
         scores = model.apply({"params": params}, TOKENS, attention_mask=mask)

@@ -18,10 +18,9 @@ from lora_jax.projections.shuffle import places, rounds, shuffle
 
 KINDS = ("dense", "sparse", "fastfood")
 KEY = jax.random.key(3, impl="threefry2x32")
-FAST = {"xla_backend_optimization_level": 0}  # compiling is most of the time here
 
 
-@functools.partial(jax.jit, static_argnames=("p", "d", "dtype"), compiler_options=FAST)
+@functools.partial(jax.jit, static_argnames=("p", "d", "dtype"))
 def _columns(p: projections.Projection, d: int, key: jax.Array, dtype: Any) -> jax.Array:
     numbers = p.numbers(key, d)
     return jax.vmap(lambda x: p.apply(key, numbers, x))(jnp.eye(d, dtype=dtype))
@@ -34,7 +33,7 @@ def matrix(
     return np.asarray(_columns(p, d, key, dtype)).T
 
 
-@functools.partial(jax.jit, static_argnames="p", compiler_options=FAST)
+@functools.partial(jax.jit, static_argnames="p")
 def all_ways(p: projections.Projection, numbers: Any, x: jax.Array, y: jax.Array) -> Any:
     """P·x, the tangent of P·x along 2x, the gradient of <P·x, y>, and P*·y."""
 
@@ -48,7 +47,7 @@ def all_ways(p: projections.Projection, numbers: Any, x: jax.Array, y: jax.Array
 
 
 def numbers_of(p: projections.Projection, d: int) -> Any:
-    return jax.jit(p.numbers, static_argnums=1, compiler_options=FAST)(KEY, d)
+    return jax.jit(p.numbers, static_argnums=1)(KEY, d)
 
 
 # Also a tensor smaller than the subspace, and one number.
@@ -175,9 +174,7 @@ def test_directions_are_isotropic(kind: str) -> None:
     def one(key: jax.Array) -> jax.Array:
         return p.apply(key, p.numbers(key, 3), x)
 
-    y = np.asarray(
-        jax.jit(jax.vmap(one), compiler_options=FAST)(jax.random.split(jax.random.key(0), count))
-    )
+    y = np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), count)))
     found = y.T @ y / count * size / float(x @ x)
     # Of six rows, a column of the sparse kind may be empty.
     unit = 1 - (1 - 6**-0.5) ** 6 if kind == "sparse" else 1.0

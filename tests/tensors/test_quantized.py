@@ -20,9 +20,8 @@ from lora_jax.tensors.bitsandbytes import from_bitsandbytes
 from lora_jax.tensors.nf4 import DYNAMIC_LEVELS, LEVELS, NF4
 
 # Compiled: one program in place of many small ones.
-FAST = {"xla_backend_optimization_level": 0}  # compiling is most of the time here
-nf4 = jax.jit(nf4s.nf4, static_argnames=("batch", "order", "double", "path"), compiler_options=FAST)
-int8 = jax.jit(int8s.int8, static_argnames=("batch", "path"), compiler_options=FAST)
+nf4 = jax.jit(nf4s.nf4, static_argnames=("batch", "order", "double", "path"))
+int8 = jax.jit(int8s.int8, static_argnames=("batch", "path"))
 
 
 def random(*shape, seed=0):
@@ -180,7 +179,7 @@ def same(uses, weight, *args):
         ours = [lj.densify(lj.adapt(f)(weight, *args)) for f in uses]
         return ours, [f(lj.densify(weight), *args) for f in uses]
 
-    ours, dense = jax.jit(both, compiler_options=FAST)(weight, *args)
+    ours, dense = jax.jit(both)(weight, *args)
     for got, want in zip(jax.tree.leaves(ours), jax.tree.leaves(dense), strict=True):
         np.testing.assert_allclose(got, want, atol=2e-5, rtol=2e-5)
 

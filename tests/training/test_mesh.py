@@ -124,8 +124,7 @@ def test_a_quantised_base_on_a_mesh_equals_one_device():
     def loss(trainable, params, batch):
         return LOSS(tiny.METHOD.combine(params, trainable), batch)[0]
 
-    fast = {"xla_backend_optimization_level": 0}
-    run = jax.jit(jax.value_and_grad(loss), compiler_options=fast)
+    run = jax.jit(jax.value_and_grad(loss))
     wanted = run(trainable, params, tiny.batch(0))
     placed = (
         jax.device_put(trainable, mesh.trainable_shardings(trainable, params, devices)),
