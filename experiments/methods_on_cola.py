@@ -83,7 +83,7 @@ def table(scale: str) -> Table:
             scale, ("LoRA", "head only"), *((name, "head only") for name in others),
             *((name, "LoRA") for name in others),
         ),
-        notes=(NOTE,), cost="about 3 hours on 2 CPU cores",
+        notes=(NOTE,), cost="about 4 hours on 2 CPU cores",
     )  # fmt: skip
 
 
