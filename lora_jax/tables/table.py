@@ -215,18 +215,18 @@ def run(
         return {name: measured for name, measured in taken.items() if measured is not None}
 
     final = of(known)
-    measured = {**of(earlier), **final}
+    there = {**of(earlier), **final}
+    lines = {r.name: _line(table, r, there[r.name]) for r in table.rows if r.name in there}
 
     def filled() -> Filled:
-        there = [row for row in table.rows if row.name in measured]
-        lines = tuple(_line(table, row, measured[row.name]) for row in there)
-        return Filled(table, scale, lines)
+        return Filled(table, scale, tuple(lines[r.name] for r in table.rows if r.name in lines))
 
     for row in table.rows:
         if row.name not in final and wanted.search(row.name):
-            measured[row.name] = _measure(row, workdir / scale / row.folder, numbers, progress)
-        elif row.name not in measured:
-            measured[row.name] = Measured({}, reason="left out by --rows")
+            measured = _measure(row, workdir / scale / row.folder, numbers, progress)
+            lines[row.name] = _line(table, row, measured)
+        elif row.name not in lines:
+            lines[row.name] = _line(table, row, Measured({}, reason="left out by --rows"))
         after(filled())
     return filled()
 
