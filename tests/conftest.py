@@ -2,14 +2,30 @@
 
 import os
 import pathlib
+import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 flags = os.environ.get("XLA_FLAGS", "")
-# Compiling takes longer than what is compiled: of a test's small programs nothing is optimised.
+
+
+def _is_known(flag: str) -> bool:
+    """Whether this jaxlib has the flag: one that it has not ends the process that asks for it."""
+    asked = {**os.environ, "XLA_FLAGS": f"--{flag}"}
+    command = [sys.executable, "-c", "import jax; jax.devices()"]
+    return subprocess.run(command, env=asked, capture_output=True).returncode == 0
+
+
+# Compiling takes longer than what is compiled: of a test's small programs nothing is optimised, and
+# a fusion gets no pipeline of MLIR passes of its own, which would be three quarters of compiling.
 for flag in ("xla_force_host_platform_device_count=4", "xla_backend_optimization_level=0"):
     if flag.partition("=")[0] not in flags:
         flags += f" --{flag}"
+emitters = "xla_cpu_use_fusion_emitters"
+if emitters not in flags and _is_known(f"{emitters}=false"):
+    flags += f" --{emitters}=false"
 os.environ["XLA_FLAGS"] = flags.strip()
 
 # The same program is compiled by many tests, in several processes: the first one's is kept.
@@ -20,6 +36,13 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_a_file() -> Iterator[None]:
+    """A file's programs go with it: a process can map a few thousand of them (vm.max_map_count)."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -42,40 +42,42 @@ def read(paths: Sequence[Path], table: Table, scale: str) -> dict[str, Measured]
 
     Raises UserError for a file that is none of these, or is of another table or scale.
     """
-    works = {row.name: row.work for row in table.rows}
     found: dict[str, Measured] = {}
     for path in paths:
-        content = _content(path)
-        if (content["title"], content["scale"]) != (table.title, scale):
-            raise UserError(
-                f"--known {path} is of {content['title']!r} at scale {content['scale']}, not of "
-                f"{table.title!r} at scale {scale}"
-            )
-        if odd := sorted(content["rows"].keys() - works.keys()):
+        rows, odd = _rows(path, table, scale)
+        if odd:
             raise UserError(f"--known {path} has a row {odd[0]!r}, which the table has not")
-        for name, row in content["rows"].items():
-            if row.get("settings") not in (None, settings(works[name])):
-                log.warning("--known %s: %s was measured with other settings", path, name)
-                continue
-            found.setdefault(name, _measured(row, f"{path} {row['runs']}"))
+        found = rows | found
     return found
 
 
 def earlier(path: Path, table: Table, scale: str) -> dict[str, Measured]:
-    """What the last call wrote of rows that are in the table now; nothing where there is no such
-    file, or the table has another title."""
+    """What the last call wrote of rows that are in the table now, and are measured as then; nothing
+    where there is no such file, or the table has another title."""
     try:
-        content = _content(path)
+        return _rows(path, table, scale)[0]
     except UserError:
         return {}
+
+
+def _rows(path: Path, table: Table, scale: str) -> tuple[dict[str, Measured], list[str]]:
+    """(a file's rows of this table as it is now, names of those that the table has not)."""
+    content = _content(path)
     if (content["title"], content["scale"]) != (table.title, scale):
-        return {}
+        raise UserError(
+            f"--known {path} is of {content['title']!r} at scale {content['scale']}, not of "
+            f"{table.title!r} at scale {scale}"
+        )
     works = {row.name: row.work for row in table.rows}
-    return {
-        name: _measured(row, f"{path} {row['runs']}")
-        for name, row in content["rows"].items()
-        if name in works and row.get("settings") in (None, settings(works[name]))
-    }
+    found = {}
+    for name, row in content["rows"].items():
+        if name not in works:
+            continue
+        if row.get("settings") in (None, settings(works[name])):
+            found[name] = _measured(row, f"{path} {row['runs']}")
+        else:
+            log.warning("%s: %s was measured with other settings: left out", path, name)
+    return found, sorted(content["rows"].keys() - works.keys())
 
 
 def settings(work: Work) -> str | None:

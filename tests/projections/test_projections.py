@@ -33,7 +33,11 @@ def matrix(
     return np.asarray(_columns(p, d, key, dtype)).T
 
 
-@functools.partial(jax.jit, static_argnames="p")
+# Optimised, as users' programs are: at level 0 (conftest.py) what is drawn forwards and again
+# backwards differs in its last bit.
+@functools.partial(
+    jax.jit, static_argnames="p", compiler_options={"xla_backend_optimization_level": 2}
+)
 def all_ways(p: projections.Projection, numbers: Any, x: jax.Array, y: jax.Array) -> Any:
     """P·x, the tangent of P·x along 2x, the gradient of <P·x, y>, and P*·y."""
 

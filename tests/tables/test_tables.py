@@ -344,6 +344,11 @@ def test_rows_left_out_stand_as_they_were_measured_before(tmp_path: Path) -> Non
     other = dataclasses.replace(loaded, title="another")
     assert kept.earlier(tmp_path / "w" / "exp.json", other, "small") == {}
     assert kept.earlier(tmp_path / "none.json", loaded, "small") == {}
+    # A row that the table no longer has is left; a file that is named for it is another table's.
+    fewer = dataclasses.replace(loaded, rows=loaded.rows[1:], claims=())
+    assert list(kept.earlier(tmp_path / "w" / "exp.json", fewer, "small")) == ["a / n"]
+    with pytest.raises(UserError, match="has a row 'a / m', which the table has not"):
+        kept.read([tmp_path / "w" / "exp.json"], fewer, "small")
 
 
 def test_a_kept_row_of_other_settings_is_measured_anew(tmp_path: Path, caplog: Any) -> None:
@@ -358,6 +363,9 @@ def test_a_kept_row_of_other_settings_is_measured_anew(tmp_path: Path, caplog: A
     assert list(kept.read([kept_file], table("there", 1.0), "small")) == ["r / m", "s / m"]
     assert not caplog.records
     assert list(kept.read([kept_file], table("here", 2.0), "small")) == ["s / m"]
+    assert "r / m was measured with other settings" in caplog.text
+    caplog.clear()
+    assert list(kept.earlier(kept_file, table("here", 2.0), "small")) == ["s / m"]
     assert "r / m was measured with other settings" in caplog.text
 
 
