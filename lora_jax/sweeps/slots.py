@@ -14,7 +14,6 @@ import jax
 from lora_jax.experiment import to_dict
 from lora_jax.runs import (
     RESULT,
-    Start,
     begin,
     claim,
     environment,
@@ -76,8 +75,9 @@ class Slot:
         self.bench, self.member, self.folder = bench, member, folder
         self.experiment = member.experiment
         claim(folder, to_dict(self.experiment))
-        self.start: Start = begin(bench, self.experiment)
-        state = self.start.state
+        start = begin(bench, self.experiment)
+        # Of the start only the method stays: its state is as large as all that trains.
+        self.method, state = start.method, start.state
         self.own = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
         )
@@ -180,7 +180,7 @@ class Slot:
         self.close()
         speed = self._all_tokens / self._seconds if self._seconds else 0.0
         return finish(
-            self.bench, self.experiment, self.start.method, self.folder, trainable,
+            self.bench, self.experiment, self.method, self.folder, trainable,
             metrics=metrics, fingerprint=self.cursor.fingerprint,
             extra={
                 "tokens_per_second": speed,

@@ -1,12 +1,15 @@
 """A sweep through the command line: packs, members that are ordinary runs, resuming, a kill."""
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 
+import jax
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,10 +17,14 @@ import tokenizers
 
 from lora_jax import cli, host
 from lora_jax.errors import UserError
+from lora_jax.experiment import from_dict
 from lora_jax.methods import LoRA
 from lora_jax.sweeps import sweep, train
+from lora_jax.sweeps.grid import Member
+from lora_jax.sweeps.slots import Slot
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.reports import read_metrics
+from lora_jax.workbench import Workbench
 
 GRID = """
 import json
@@ -160,6 +167,15 @@ def test_results_are_read_once_and_few_checkpoints_are_written_at_a_time(
     assert len(reads) == 6
     assert max(most) == 2 and len(most) == 12
     assert len(pd.read_csv(tmp_path / "s" / "results.csv")) == 6
+
+
+def test_a_members_start_is_held_by_the_pack_alone(tiny_config, tmp_path):
+    experiment = from_dict(tiny_config())
+    slot = Slot(Workbench(experiment), Member("m", {}, experiment), tmp_path / "m", [])
+    leaves = [weakref.ref(x) for x in jax.tree.leaves(slot.take_state().opt_state)]
+    gc.collect()
+    assert leaves and not any(leaf() is not None for leaf in leaves)
+    slot.close()
 
 
 def test_as_many_at_once_as_files_may_be_open(tiny_config, tmp_path, monkeypatch, capsys):
