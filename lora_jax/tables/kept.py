@@ -69,15 +69,15 @@ def _rows(path: Path, table: Table, scale: str) -> tuple[dict[str, Measured], li
             f"{table.title!r} at scale {scale}"
         )
     works = {row.name: row.work for row in table.rows}
-    found = {}
-    for name, row in content["rows"].items():
+    found, odd = {}, []
+    for name, row in sorted(content["rows"].items()):
         if name not in works:
-            continue
-        if row.get("settings") in (None, settings(works[name])):
+            odd.append(name)
+        elif row.get("settings") in (None, settings(works[name])):
             found[name] = _measured(row, f"{path} {row['runs']}")
         else:
             log.warning("%s: %s was measured with other settings: left out", path, name)
-    return found, sorted(content["rows"].keys() - works.keys())
+    return found, odd
 
 
 def settings(work: Work) -> str | None:
