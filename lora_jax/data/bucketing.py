@@ -8,6 +8,7 @@ buckets. Axis letters: B rows, T tokens.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -117,6 +118,13 @@ def alike(batches: Sequence[Batch], pad_id: int) -> list[Batch]:
     return [widen(batch, longest, pad_id) for batch in batches]
 
 
+def rows_a_batch(count: int, most: int) -> int:
+    """How many rows, `most` at most, as few batches as can be have, filled up as little as can be:
+    70 examples in batches of 64 are two of 35; one example is a batch of its own."""
+    batches = max(1, math.ceil(count / most))
+    return max(1, math.ceil(count / batches))
+
+
 def in_order(
     examples: Sequence[EncoderExample],
     *,
@@ -126,7 +134,7 @@ def in_order(
     pad_id: int,
     too_long: TooLong,
 ) -> Iterator[Batch]:
-    """One pass for evaluation, the examples of each bucket together.
+    """One pass for evaluation, the examples of each bucket together; see `rows_a_batch`.
 
     Batches have a further array, rows int32 [B]: the index of the example of each row, -1 on the
     rows of weight 0 that fill up the last batch of a bucket.
@@ -137,10 +145,11 @@ def in_order(
     for limit in limits:
         places = [i for i, e in enumerate(kept) if lower < len(e["tokens"]) <= limit]
         lower = limit
-        for start in range(0, len(places), batch_size):
-            mine = places[start : start + batch_size]
-            batch = pad([kept[i] for i in mine], rows=batch_size, size=limit, pad_id=pad_id)
-            filled = mine + [-1] * (batch_size - len(mine))
+        rows = rows_a_batch(len(places), batch_size)
+        for start in range(0, len(places), rows):
+            mine = places[start : start + rows]
+            batch = pad([kept[i] for i in mine], rows=rows, size=limit, pad_id=pad_id)
+            filled = mine + [-1] * (rows - len(mine))
             yield {**batch, "rows": np.asarray(filled, np.int32)}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.data.bucketing import rows_a_batch
 from lora_jax.data.examples import ImageExample
 from lora_jax.data.packing import Batch
 from lora_jax.errors import UserError
@@ -87,12 +88,13 @@ class Shuffled(Iterator[Batch]):
 
 
 def in_order(examples: Sequence[ImageExample], *, batch_size: int) -> Iterator[Batch]:
-    """One pass for evaluation. Batches have a further array, rows int32 [B]: the index of the
-    example of each row, -1 on the rows of weight 0 that fill up the last one."""
+    """One pass for evaluation; see `rows_a_batch`. Batches have a further array, rows int32 [B]:
+    the index of the example of each row, -1 on the rows of weight 0 that fill up the last one."""
     images, labels = stack(examples)
-    for start in range(0, len(labels), batch_size):
-        chunk = slice(start, start + batch_size)
-        places = np.full(batch_size, -1, np.int32)
+    size = rows_a_batch(len(labels), batch_size)
+    for start in range(0, len(labels), size):
+        chunk = slice(start, start + size)
+        places = np.full(size, -1, np.int32)
         real = len(labels[chunk])
         places[:real] = np.arange(start, start + real)
-        yield {**batch_of(images[chunk], labels[chunk], batch_size), "rows": places}
+        yield {**batch_of(images[chunk], labels[chunk], size), "rows": places}

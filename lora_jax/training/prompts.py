@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from lora_jax.data.bucketing import rows_a_batch
 from lora_jax.errors import UserError
 
 PROMPT_BUCKET = 16
@@ -15,7 +16,7 @@ PROMPT_BUCKET = 16
 def prompt_batches(
     prompts: Sequence[Sequence[int]], pad_id: int, *, batch_size: int | None = None
 ) -> list[dict[str, np.ndarray]]:
-    """Batches for `decode`, prompts of similar length together.
+    """Batches for `decode`, prompts of similar length together; see `rows_a_batch`.
 
     Each has tokens int32[B, P] and padding int32[B] (see `left_pad`), and rows int32[B]: which
     prompt a row is, -1 where it only fills up the last batch.
@@ -28,7 +29,7 @@ def prompt_batches(
     if empty:
         raise UserError(f"prompt {empty[0]} is empty; start it with the tokenizer's bos_id.")
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    size = batch_size or max(1, len(prompts))
+    size = rows_a_batch(len(prompts), batch_size or max(1, len(prompts)))
     batches = []
     for at in range(0, len(order), size):
         chosen = order[at : at + size]

@@ -6,6 +6,7 @@ Both files hold a JSON object with its "step" a line, appended as they come.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from tensorboardX import SummaryWriter
 
 from lora_jax.progress import drawable
 from lora_jax.training.spectra import Row, summary
@@ -50,7 +50,7 @@ class Reporter:
                 truncate_metrics(self._directory / name, start)
             self._file = (self._directory / METRICS_FILE).open("a", encoding="utf-8")
             # purge_step hides the events of steps that will be done again.
-            self._board = SummaryWriter(
+            self._board = _board_writer()(
                 str(self._directory / "tensorboard"), purge_step=start + 1 if start else None
             )
         self._progress = Progress(
@@ -102,6 +102,20 @@ class Reporter:
         if self._file is not None:
             self._file.close()
             self._board.close()
+
+
+def _board_writer() -> Any:
+    """tensorboardX's SummaryWriter. Importing it imports torch where that is installed, which takes
+    seconds; it does without, and nothing here gives it a tensor."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # "not installed", says the import
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def line_of(rows: Sequence[Mapping[str, float]], tokens: int, seconds: float) -> dict[str, float]:
