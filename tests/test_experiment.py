@@ -102,7 +102,7 @@ def test_validation_records_may_be_of_a_source_of_their_own(tiny_config, tmp_pat
     assert experiment.from_dict(experiment.to_dict(built)) == built
     bench = runs.Workbench(built)
     assert bench.validation_records == [{"a": "1", "b": "1"}, {"a": "2", "b": "2"}]
-    assert len(bench.train_records) == 20
+    assert len(bench.train_records) == 200
     with pytest.raises(UserError, match=r"data\.validation_source must be a mapping with a kind"):
         experiment.from_dict(tiny_config(data={"validation_source": str(path)}))
     where = "data.validation_source"
