@@ -37,12 +37,13 @@ PAPER = (
 )
 # Where the authors' README differs from Table 11, or says what that does not print.
 README = {"evaluation.length_penalty": 0.8, "optimizer.eps": 1e-6}
-# Overrides and learning rate at small scale.
+# Overrides and learning rate at small scale: the best of those tried, for which see the README of
+# experiments/results.
 SMALL = {
     "FT": ({"method.kind": "full"}, 5e-5),
     "AdapterH": ({"method.kind": "adapter_h", "method.size": 112}, 1e-3),
-    "FT-Top2": ({"method.kind": "ft_top", "method.layers": 2}, 2e-4),
-    "PreLayer": ({"method.kind": "prefix_tuning", "method.length": 5}, 3e-3),
+    "FT-Top2": ({"method.kind": "ft_top", "method.layers": 2}, 3e-3),
+    "PreLayer": ({"method.kind": "prefix_tuning", "method.length": 5}, 1e-3),
     "LoRA": ({}, 2e-3),
 }
 NOTES = (

@@ -16,8 +16,9 @@ _LARGEST = 1 << 40
 def match_budget(method: Method, params: Any, n: int) -> int:
     """The size (rank, units, length, …: `Method.size_field`) whose count is closest to n.
 
-    `method.with_size(size)` is then the method to use. Bisection over `method.count`, which is
-    taken to grow with the size; leaves trained whole besides count too. Nothing is allocated.
+    `method.with_size(size)` is then the method to use. `method.count` is taken to grow with the
+    size, mostly in proportion: few sizes are counted where it does, and as bisection does where it
+    does not. Leaves trained whole besides count too. Nothing is allocated.
 
     Args:
       method: with any size; its other fields (targets, `train`) stay.
@@ -44,13 +45,17 @@ def match_budget(method: Method, params: Any, n: int) -> int:
     # Up to where it is too much, or no longer possible.
     low, high = smallest, smallest + 1
     while found.possible(high) and found(high) < n and high < _LARGEST:
-        low, high = high, 2 * high
+        low, high = high, min(max(high + 1, found.line(low, high, n)), 2 * high)
+    halve = False
     while low < high - 1:
         middle = (low + high) // 2
+        if found.possible(high) and not halve:
+            middle = min(max(low + 1, found.line(low, high, n) - 1), high - 1)
         if found.possible(middle) and found(middle) < n:
             low = middle
         else:
             high = middle
+        halve = not halve
     return min(found.known, key=lambda size: (abs(found.known[size] - n), size))
 
 
@@ -64,6 +69,13 @@ class _Counts:
 
     def __call__(self, size: int) -> int:
         return self.known[size]
+
+    def line(self, low: int, high: int, n: int) -> int:
+        """The size from which on the straight line through two counts is n or more."""
+        rise = self.known[high] - self.known[low]
+        if rise <= 0:
+            return 2 * high
+        return low + -((self.known[low] - n) * (high - low) // rise)
 
     def possible(self, size: int) -> bool:
         if size not in self.known and size not in self._impossible:

@@ -248,14 +248,14 @@ class Checkpoints:
             self.close()
 
 
-def _is_key(x: Any) -> bool:
+def is_key(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:
     """Shape, dtype and place of a leaf; of the words behind it if it is a random key."""
     sharding = getattr(x, "sharding", None)
-    if _is_key(x):
+    if is_key(x):
         words = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(x.shape, x.dtype))
         return jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=sharding)
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -265,7 +265,7 @@ def _flat(state: Any) -> dict[str, Any]:
     pairs, _ = jax.tree_util.tree_flatten_with_path(state)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): jax.random.key_data(x)
-        if _is_key(x)
+        if is_key(x)
         else x
         for path, x in pairs
     }
@@ -276,7 +276,7 @@ def _unflat(like: Any, flat: dict[str, Any]) -> Any:
     leaves = []
     for path, old in pairs:
         new = flat[jax.tree_util.keystr(path, simple=True, separator="/")]
-        if _is_key(old):
+        if is_key(old):
             impl = jax.random.key_impl(old) if isinstance(old, jax.Array) else None
             new = jax.random.wrap_key_data(new, impl=impl)
         leaves.append(new)

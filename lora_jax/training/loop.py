@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from lora_jax.errors import UserError
 from lora_jax.training import mesh as meshes
-from lora_jax.training.checkpoints import Checkpoints
+from lora_jax.training.checkpoints import Checkpoints, is_key
 from lora_jax.training.reports import Reporter, line_of
 from lora_jax.training.spectra import Row
 from lora_jax.training.step import State
@@ -131,6 +131,7 @@ def fit(
     start, metrics = 0, {}
     if checkpoints is not None and checkpoints.latest is not None:
         restored = checkpoints.restore(state)
+        _delete(state)
         state, start, metrics = restored.state, restored.step, restored.metrics
         _resume_data(data, restored.data)
     with Reporter(workdir, start=start, steps=steps, progress=progress) as reporter:
@@ -166,6 +167,13 @@ def fit(
     best_metrics = {} if checkpoints is None or best is None else checkpoints.metrics(best)
     seconds = time.perf_counter() - began
     return FitResult(state, metrics, best, best_metrics, seconds, loop.speed(), done)
+
+
+def _delete(state: State) -> None:
+    """What the first step would do to it, donated: its caller may hold it until the run's end."""
+    for leaf in jax.tree.leaves(state):
+        if isinstance(leaf, jax.Array) and not is_key(leaf):
+            leaf.delete()
 
 
 def converged(checkpoints: Checkpoints | None, updates: int) -> bool:

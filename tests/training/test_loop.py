@@ -36,12 +36,12 @@ def evaluate(frozen, state):
     return {"loss": float(state.step) % 5}
 
 
-def train(folder, *, data=None, steps=8, **options):
+def train(folder, *, state=None, data=None, steps=8, **options):
     with Checkpoints(folder / "checkpoints", metric="loss") as checkpoints:
         return fit(
             STEP,
             PARAMS,
-            init_state(METHOD, PARAMS, TX),
+            state or init_state(METHOD, PARAMS, TX),
             data or tiny.Batches(),
             steps=steps,
             workdir=folder,
@@ -68,8 +68,11 @@ def test_interrupted_and_resumed_equals_undisturbed(tmp_path):
     # As after a kill -9: lines past the checkpoint, the last one cut short.
     with (tmp_path / "b/metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "loss": 1.0}\n{"step": 7, "lo')
-    resumed = train(tmp_path / "b")
+    first = init_state(METHOD, PARAMS, TX)
+    resumed = train(tmp_path / "b", state=first)
     tiny.same(resumed.state, undisturbed.state)
+    # Who holds it until the end, holds no memory.
+    assert all(x.is_deleted() for x in jax.tree.leaves(first.trainable))
     rows = read_metrics(tmp_path / "b/metrics.jsonl")
     assert [row["step"] for row in rows] == [2, 4, 5, 6, 8]
     assert rows[-1]["loss"] == read_metrics(tmp_path / "a/metrics.jsonl")[-1]["loss"]
