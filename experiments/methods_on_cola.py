@@ -43,7 +43,7 @@ METHODS: dict[str, minilm.Method] = {
     "LoRA+": ("lora_plus", {}, (3e-4, 1e-3)),
     "DoRA": ("dora", {}, FACTORS),
     "PiSSA": ("pissa", {}, (1e-4, 4e-4)),
-    "OLoRA": ("olora", {}, (1e-4, 4e-4)),
+    "OLoRA": ("olora", {}, (1e-3, 3e-3)),
     "VeRA": ("vera", {"rank": 256}, (1e-2, 3e-2)),
     "IA3": ("ia3", {}, VECTORS),
     "LoHa": ("loha", {}, FACTORS),
