@@ -133,6 +133,8 @@ def test_all_metrics_of_a_row_are_of_one_choice(tiny_config: Any, tmp_path: Path
     forgetting = {"kind": "files", "path": str(tmp_path / "text.txt")}
     config = tmp_path / "config.py"
     made = tiny_config(training={"steps": 2}, evaluation={"forgetting": forgetting})
+    # On these 20 rows two updates raise the loss on that text.
+    made["data"]["source"]["split"], made["data"]["validation"] = "[:20]", "[20:24]"
     config.write_text(f"def get_config():\n    return {made!r}\n")
     grid = [{"optimizer.learning_rate": r} for r in (3e-2, 1e-9)]
     works = [
@@ -149,10 +151,10 @@ def test_all_metrics_of_a_row_are_of_one_choice(tiny_config: Any, tmp_path: Path
     assert found[1].values == {0: by_rate[rate]["general_loss"]}
     assert by_rate[1e-9]["exact_match"] == by_rate[3e-2]["exact_match"]  # a tie: the later one wins
     assert rate == 1e-9
-    # Next to nothing changes at such a rate; at the other one something does.
+    # Next to nothing is forgotten at such a rate; by the loss itself the other would be chosen.
     still = by_rate[1e-9]
     assert still["general_loss"] == pytest.approx(still["base_general_loss"], abs=1e-4)
-    assert abs(by_rate[3e-2]["general_loss"] - still["general_loss"]) > 1e-3
+    assert by_rate[3e-2]["general_loss"] > still["general_loss"] + 1e-3
 
 
 FAILING = """
