@@ -8,7 +8,7 @@ rounds. Adapters have the paper's number of parameters. `paper`: its three setti
 a GPU. `small`: settings that a CPU can do, one of them the paper's. `smoke`: two layers.
 
 Measured so on 2 CPU cores (experiments/results/lora_table1_small.csv): merged LoRA, the base's own
-program, is 3 % slower to 3 % faster than it, which is the noise. Adapters are within it too, but for
+program, is 3 % slower to 3 % faster than it, which is the noise. Adapters are within it, but for
 Houlsby's at 4 x 128, +5 % [0, 10]; the paper's GPU takes 30 % longer for them at 1 x 128.
 """
 

@@ -134,15 +134,15 @@ def _measured(row: Mapping[str, Any], where: str) -> Measured:
     )
 
 
-def _summary(kept: Mapping[str, float | None]) -> Summary:
+def _summary(kept: Mapping[str, float | str | None]) -> Summary:
     numbers = {name: _or_nan(x) for name, x in kept.items() if name != "n"}
     return Summary(n=int(kept["n"] or 0), **numbers)
 
 
-def _or_null(x: float) -> float | None:
-    """JSON has no NaN."""
-    return None if math.isnan(x) else x
+def _or_null(x: float) -> float | str | None:
+    """JSON has neither NaN nor the infinite end of a threshold's interval."""
+    return None if math.isnan(x) else str(x) if math.isinf(x) else x
 
 
-def _or_nan(x: float | None) -> float:
-    return math.nan if x is None else x
+def _or_nan(x: float | str | None) -> float:
+    return math.nan if x is None else float(x)

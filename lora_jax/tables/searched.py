@@ -182,6 +182,8 @@ def _note(found: Found, gain: bool, training: Any) -> str:
         f"{found.name}, with its 95 % bootstrap interval over seeds: the target is {t.value:.4g}, "
         f"{t.fraction:g} of {of}"
     )
+    if found.threshold.low == 0 or found.threshold.high == math.inf:
+        text += "; an end at 0 or inf lies beyond the sizes that were run"
     if not training.patience:
         return f"{text}; every run has {training.steps} updates"
     return (

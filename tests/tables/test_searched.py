@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,8 @@ def test_a_table_of_thresholds(config: str, tmp_path: Path) -> None:
     for line in filled.lines:
         if line.summary is not None:
             assert line.summary.n == 2 and line.summary.low <= line.summary.value
+            closed = line.summary.low > 0 and line.summary.high < math.inf
+            assert closed != ("beyond the sizes" in line.measured.notes[0])
     assert "2 evaluations, one each 10 updates" in one.notes[0] and "the gain from" in two.notes[0]
     assert all("^head/ trained whole, and no part of d" in m.notes for m in (one, two))
     again = tables.run(table, "small", tmp_path / "t", progress=False)

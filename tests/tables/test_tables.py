@@ -371,6 +371,19 @@ def test_a_kept_row_of_other_settings_is_measured_anew(tmp_path: Path, caplog: A
     assert "r / m was measured with other settings" in caplog.text
 
 
+def test_a_threshold_with_an_open_end_is_kept(tmp_path: Path) -> None:
+    """The sizes run bound it on one side alone, or on none."""
+    function = tables.Computed(lambda folder, seed: {"value": 1.0}, name="one")
+    table = tables.Table("t", (tables.Row("r", "d90", function),))
+    found = statistics.Summary(700.0, 0.0, math.inf, math.nan, 3)
+    line = Line(table.rows[0], None, Measured({}, summary=found), found)
+    render.write(Filled(table, "small", (line,)), tmp_path, "t")
+    assert "700 [0, inf]" in (tmp_path / "t.md").read_text()
+    again = kept.read([tmp_path / "t.json"], table, "small")["r / d90"].summary
+    assert again is not None and (again.low, again.high) == (0.0, math.inf)
+    assert math.isnan(again.std)
+
+
 def test_the_command_says_what_it_will_cost_first(tmp_path: Path, capsys: Any) -> None:
     experiment = tmp_path / "exp.py"
     experiment.write_text(
