@@ -294,7 +294,14 @@ def _applied(
     p: projections.Projection, keys: jax.Array, numbers: Mapping[str, Any], vector: jax.Array
 ) -> jax.Array:
     """[tensors, size]."""
-    return jax.vmap(p.apply, (0, 0, None))(keys, numbers, vector)
+    if p.size < projections.LONG:
+        return jax.vmap(p.apply, (0, 0, None))(keys, numbers, vector)
+
+    def one(drawn: tuple[jax.Array, Mapping[str, Any]]) -> jax.Array:
+        key, held = drawn
+        return p.apply(key, held, vector)
+
+    return jax.lax.map(one, (keys, numbers))
 
 
 def _layer(path: str) -> str:

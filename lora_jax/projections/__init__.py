@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 from lora_jax.errors import UserError, nearest
-from lora_jax.projections.base import Projection
+from lora_jax.projections.base import LONG, Projection
 from lora_jax.projections.dense import Dense
 from lora_jax.projections.fastfood import Fastfood
 from lora_jax.projections.sparse import Sparse
 
-__all__ = ["KINDS", "Dense", "Fastfood", "Projection", "Sparse", "check", "make"]
+__all__ = ["KINDS", "LONG", "Dense", "Fastfood", "Projection", "Sparse", "check", "make"]
 
 KINDS: dict[str, type[Projection]] = {"dense": Dense, "sparse": Sparse, "fastfood": Fastfood}
 

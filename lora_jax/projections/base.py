@@ -11,6 +11,9 @@ import jax.numpy as jnp
 
 Numbers = dict[str, jax.Array]
 
+LONG = 2**14
+"""Vectors at least this long go one after another, so that each stays in the cache."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Projection:

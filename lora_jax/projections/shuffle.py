@@ -11,6 +11,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from lora_jax.projections.base import LONG
+
 _ROUNDS = 4
 
 
@@ -30,7 +32,12 @@ def shuffle(drawn: jax.Array, x: jax.Array) -> jax.Array:
         return _taken(x, places(drawn, n))
 
     def back(x: jax.Array) -> jax.Array:
-        return _taken(x, places(drawn, n, inverse=True))
+        at = places(drawn, n, inverse=True)
+        if n < LONG:
+            return _taken(x, at)
+        # What a loop reads is there before it begins: else XLA computes x, say a product of two
+        # arrays, at each place that is asked for, and reads both of them at random.
+        return jax.lax.map(functools.partial(_taken, x), at.reshape(2, -1)).reshape(n)
 
     return jax.lax.custom_linear_solve(back, x, lambda _, b: by_pi(b), lambda _, b: back(b))
 

@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.errors import UserError
+from lora_jax.projections.base import LONG
 
 _BITS = 4
 """A stage's matrix is at most 2^4 wide: fastest on a CPU at n = 2^14 to 2^20."""
-_ROW_BY_ROW = 2**14
-"""Rows at least this long go one after another, so that a row stays in the cache."""
 
 
 def walsh(x: jax.Array) -> jax.Array:
@@ -37,7 +36,7 @@ def walsh(x: jax.Array) -> jax.Array:
 @jax.custom_batching.custom_vmap
 def _walsh(x: jax.Array) -> jax.Array:
     n, rows = x.shape[-1], x.size // x.shape[-1]
-    if rows > 1 and n >= _ROW_BY_ROW:
+    if rows > 1 and n >= LONG:
         return jax.lax.map(_one, x.reshape(rows, n)).reshape(x.shape)
     return _one(x)
 
