@@ -14,7 +14,7 @@ from typing import Any
 from lora_jax.errors import UserError
 from lora_jax.statistics import Summary
 from lora_jax.tables.table import Filled, Table
-from lora_jax.tables.work import Measured, Work
+from lora_jax.tables.work import Measured, Work, told
 
 log = logging.getLogger(__name__)
 _FIELDS = ("trainable_params", "seconds", "chosen", "notes")
@@ -81,17 +81,12 @@ def _rows(path: Path, table: Table, scale: str) -> tuple[dict[str, Measured], li
 
 
 def settings(work: Work) -> str | None:
-    """A hash of what the runs of a config are told; None where a function makes the number.
-
-    Folders that an argument of the config names are no part of it: machines have their own.
-    """
+    """A hash of what the runs of a config are told; None where a function makes the number."""
     config = getattr(work, "config", None)
     if not (dataclasses.is_dataclass(work) and isinstance(config, str)):
         return None
-    path, _, arg = config.partition(":")
-    told = [x for x in arg.split(",") if not Path(x.partition("=")[2] or ".").is_absolute()]
     fields = {f.name: getattr(work, f.name) for f in dataclasses.fields(work)}
-    content = {**fields, "config": [Path(path).name, *told]}
+    content = {**fields, "config": told(config)}
     plain = json.dumps(content, sort_keys=True, default=_plain)
     return hashlib.sha256(plain.encode()).hexdigest()[:12]
 

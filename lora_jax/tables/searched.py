@@ -21,7 +21,7 @@ from lora_jax.sweeps.ladder import Ladder
 from lora_jax.sweeps.smallest import FILE, Found, Smallest
 from lora_jax.sweeps.sweep import Options
 from lora_jax.sweeps.threshold import Statistic, Target, Threshold
-from lora_jax.tables.work import Measured, Overrides, Trained
+from lora_jax.tables.work import Measured, Overrides, Trained, told
 
 _SPENT = "seconds.json"
 
@@ -131,7 +131,7 @@ class Searched:
 
     def _place(self) -> str:
         tried = [dict(one) for one in self.grid]
-        return _hash([self.config, dict(self.overrides), self.size, list(self.vary), tried])
+        return _hash([told(self.config), dict(self.overrides), self.size, list(self.vary), tried])
 
     def _chosen(self, place: Path, seeds: Sequence[int], progress: bool) -> Overrides:
         if len(self.grid) < 2:

@@ -68,6 +68,14 @@ class Measured:
         return dataclasses.replace(self, values={seed: self.values[seed] for seed in seeds})
 
 
+def told(config: str) -> list[str]:
+    """`path/of/config.py:arg` without the folders that it names, its own too: machines, and clones
+    on one machine, have their own. What tells the runs of one config from those of another."""
+    path, _, arg = config.partition(":")
+    here = [x for x in arg.split(",") if not Path(x.partition("=")[2] or ".").is_absolute()]
+    return [Path(path).name, *here]
+
+
 class Work(Protocol):
     def measure(self, folder: Path, seeds: Sequence[int], progress: bool) -> Measured:
         """Does what is missing in `folder`, the row's; UserError where that cannot be done here."""
@@ -136,7 +144,8 @@ class Trained:
 
     def _place(self) -> str:
         """The same for all metrics of the same runs."""
-        text = json.dumps([self.config, dict(self.overrides), [dict(g) for g in self.grid]])
+        tried = [dict(g) for g in self.grid]
+        text = json.dumps([told(self.config), dict(self.overrides), tried])
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def _value(self, result: Mapping[str, Any], metric: str) -> float:
