@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import functools
 import importlib
 import os
 import re
@@ -29,6 +30,8 @@ _MODULES = {
 _PREPARERS = {"mnist": ("lora_jax.data.mnist", "Mnist")}
 # Records read at once when all are read: four times as fast as one by one.
 _BLOCK = 1024
+# In every prepared data set.
+_INFO = "dataset_info.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +66,7 @@ class TFDS:
                 f"{self.name} has no split {name!r}; it has {', '.join(builder.info.splits)}."
             )
         try:
-            return _Decoded(builder.as_data_source(split=self.split))
+            return _opened(builder, self.split)
         except ValueError as error:
             raise UserError(f"Cannot read split {self.split!r} of {self.name}: {error}") from error
 
@@ -150,6 +153,36 @@ class _Decoded(Sequence[dict[str, Any]]):
 
     def _read(self, places: range) -> list[dict[str, Any]]:
         return [_plain(record) for record in self._source.__getitems__(list(places))]
+
+
+class _Images(_Decoded):
+    """The same of images: to decode them all takes longer than a short run on them, so what was
+    read whole is held for the next run in this process."""
+
+    def __init__(self, source: Any, place: str, split: str) -> None:
+        super().__init__(source)
+        self._where = place, split, os.stat(Path(place) / _INFO).st_mtime_ns
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(_held(*self._where))
+
+
+@functools.lru_cache(maxsize=2)  # training and test data
+def _held(place: str, split: str, written: int) -> list[dict[str, Any]]:
+    """All records of a prepared data set; `written` tells it from a later one in the same place."""
+    import tensorflow_datasets as tfds
+
+    return list(_Decoded(tfds.builder_from_directory(place).as_data_source(split=split)))
+
+
+def _opened(builder: Any, split: str) -> Sequence[dict[str, Any]]:
+    import tensorflow_datasets as tfds
+
+    source, features = builder.as_data_source(split=split), builder.info.features
+    own = features.values() if isinstance(features, tfds.features.FeaturesDict) else ()
+    if any(isinstance(feature, tfds.features.Image) for feature in own):
+        return _Images(source, str(builder.data_path), split)
+    return _Decoded(source)
 
 
 def _plain(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -60,6 +61,24 @@ def test_prepared_as_tfds_reads_it_without_tensorflow(mirror: Path, tmp_path: Pa
     for file in mirror.iterdir():  # what is prepared needs no file any more
         file.unlink()
     assert len(source.open()) == 7
+
+
+def test_images_are_decoded_once_but_never_those_of_another_data_set(
+    mirror: Path, tmp_path: Path
+) -> None:
+    """A sweep reads the same images for every pack."""
+    source = TFDS("mnist", "train", str(tmp_path / "tfds"))
+    first = list(source.open())
+    assert all(a is b for a, b in zip(first, source.open(), strict=True))
+    assert len(list(TFDS("mnist", "train[:2]", str(tmp_path / "tfds")).open())) == 2
+    shutil.rmtree(tmp_path / "tfds")
+    labels = "train-labels-idx1-ubyte.gz"
+    content = packed((drawn("train")[1] + 1) % 10)
+    (mirror / labels).write_bytes(content)
+    mnist.FILES[labels] = hashlib.sha256(content).hexdigest()
+    before = {r["image"].tobytes(): r["label"] for r in first}
+    after = {r["image"].tobytes(): r["label"] for r in source.open()}
+    assert after == {image: (label + 1) % 10 for image, label in before.items()}
 
 
 def test_the_prepared_copy_is_the_real_mnist(shared: Path) -> None:
