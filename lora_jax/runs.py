@@ -111,7 +111,9 @@ def run(experiment: Experiment, workdir: str | Path, *, progress: bool = True) -
         )  # fmt: skip
         state, best = fitted.state, checkpoints.best
         if t.keep == "best":
-            state = checkpoints.restore(state, best).state
+            # The rest of the state, twice as large, has no further use.
+            trainable = checkpoints.restore_trainable(state.trainable, best)
+            state = state.replace(trainable=trainable)
     adapted = variables(state)
     metrics, predictions = bench.evaluate(adapted)
     print("adapted model:", ", ".join(f"{n} {v:.3f}" for n, v in metrics.items()), flush=True)

@@ -266,8 +266,8 @@ class Program:
         return jax.jit(put, donate_argnums=0, out_shardings=self.shardings)
 
     @functools.cached_property
-    def take(self) -> Callable[[State, Any], State]:
-        """(states, slot number) -> that slot's padded state."""
+    def take(self) -> Callable[[Any, Any], Any]:
+        """(states or a part of them, slot number) -> that slot's, padded."""
         return jax.jit(padding.take)
 
     # Evaluation.

@@ -169,6 +169,13 @@ class Slot:
         t = self.experiment.training
         return converged(self.checkpoints, t.patience * t.eval_every)
 
+    @property
+    def best_is_earlier(self) -> bool:
+        """Whether the state to be kept is another than the one after the last update."""
+        if self.experiment.training.keep != "best":
+            return False
+        return self.checkpoints.best not in (None, self.step)
+
     def best(self) -> State:
         """The state of the best evaluation."""
         return self.checkpoints.restore(self.own, self.checkpoints.best).state

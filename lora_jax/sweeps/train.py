@@ -213,21 +213,28 @@ class Trainer:
         """Evaluates, saves and frees slots whose members are done."""
         if not indices:
             return
-        found = self._evaluate(indices)
-        self._keep(indices, found)
-        best = [i for i in indices if self._at(i).experiment.training.keep == "best"]
-        for index in best:
-            kept = padding.pad(self._at(index).best(), self.program.shape.state)
-            self._states = self.program.put(self._states, index, kept)
-        again = dict(zip(best, self._evaluate(best), strict=True))
+        found = dict(zip(indices, self._evaluate(indices), strict=True))
+        self._keep(indices, list(found.values()))
+        earlier = [i for i in indices if self._at(i).best_is_earlier]
+        for index in earlier:
+            self._back(index)
+        found |= zip(earlier, self._evaluate(earlier), strict=True)
         general = self._general(indices)
-        for index, metrics, forgot in zip(indices, found, general, strict=True):
+        for index, forgot in zip(indices, general, strict=True):
             slot = self._at(index)
-            state = self._own(index)
-            base = self._base(slot.member)
+            metrics = {**found[index], **forgot, **self._base(slot.member)}
             extra = {"slots": self.program.shape.slots, "best_step": slot.checkpoints.best}
-            metrics = {**again.get(index, metrics), **forgot, **base}
-            self._free(index, slot.finish(state.trainable, metrics, extra))
+            self._free(index, slot.finish(self._trainable(index), metrics, extra))
+
+    def _back(self, index: int) -> None:
+        """A slot's state as it was at the member's best evaluation."""
+        kept = padding.pad(self._at(index).best(), self.program.shape.state)
+        self._states = self.program.put(self._states, index, kept)
+
+    def _trainable(self, index: int) -> Any:
+        """Without padding; a whole state would be three times as much."""
+        own = self.program.take(self._states.trainable, index)
+        return padding.cut(own, self._at(index).own.trainable)
 
     def _general(self, indices: list[int]) -> list[dict[str, float]]:
         bench = self.bench

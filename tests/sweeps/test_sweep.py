@@ -326,3 +326,33 @@ def test_members_are_checked_as_single_runs_are(tiny_config, tmp_path):
     ran = sweep.Sweep(config, {"seed": [{"seed": 0}]}, tmp_path, sweep.Options(), progress=False)
     with pytest.raises(UserError, match="keep='best' needs training.eval_every"):
         ran.run()
+
+
+def test_the_best_state_is_kept_and_evaluated_no_more_often_than_needed(
+    tiny_config, tmp_path, monkeypatch
+):
+    """One member is best at its end, the other before."""
+    asked, kept = [], {}
+    rates = {"rate": [{"optimizer.learning_rate": rate} for rate in (1e-3, 1e-2)]}
+
+    def evaluate(self, indices):
+        slots = [(self._at(i).experiment.optimizer.learning_rate, self._at(i)) for i in indices]
+        asked.extend((rate, slot.step) for rate, slot in slots)
+        principal = self.bench.task.principal  # exact_match
+        return [{principal: 1.0 / s.step if r == 1e-3 else float(s.step)} for r, s in slots]
+
+    def finish(self, trainable, metrics, extra):
+        kept[self.experiment.optimizer.learning_rate] = self, trainable, extra["best_step"]
+        return real(self, trainable, metrics, extra)
+
+    real = Slot.finish
+    monkeypatch.setattr(train.Trainer, "_evaluate", evaluate)
+    monkeypatch.setattr(Slot, "finish", finish)
+    config = tiny_config(training={"steps": 4, "eval_every": 2, "keep": "best"})
+    sweep.Sweep(config, rates, tmp_path, sweep.Options(mode="packed"), progress=False).run()
+    assert sorted(asked) == [(1e-3, 2), (1e-3, 4), (1e-3, 4), (1e-2, 2), (1e-2, 4)]
+    assert {rate: best for rate, (_, _, best) in kept.items()} == {1e-3: 2, 1e-2: 4}
+    for slot, trainable, best in kept.values():
+        with Checkpoints(slot.folder / "checkpoints") as checkpoints:
+            saved = checkpoints.restore_trainable(slot.own.trainable, best)
+        jax.tree.map(np.testing.assert_array_equal, trainable, saved)
