@@ -161,7 +161,8 @@ class _Images(_Decoded):
 
     def __init__(self, source: Any, place: str, split: str) -> None:
         super().__init__(source)
-        self._where = place, split, os.stat(Path(place) / _INFO).st_mtime_ns
+        info = Path(place) / _INFO  # no file where the data lie in a bucket
+        self._where = place, split, info.stat().st_mtime_ns if info.exists() else 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(_held(*self._where))
