@@ -9,8 +9,8 @@ a folder with TFDS's mnist. `small`: five widths; `paper`: a sixth, whose transf
 all others'. `smoke`: two narrow networks, a few updates.
 
 Measured so (experiments/results/beyond_width_small.csv), from width 12 to 200: 1141 [1099, beyond
-2000], 872 [774, 1009], 721 [568, 767], 711 [679, 716], 700 [613, 727]. From 50 on it is constant, as
-theirs; a network of 9,706 parameters needs more, not fewer.
+2000], 872 [774, 1009], 721 [568, 767], 711 [679, 716], 700 [613, 727]. From 50 on it is constant,
+as theirs; a network of 9,706 parameters needs more, not fewer.
 """
 
 from collections.abc import Sequence
