@@ -87,7 +87,7 @@ def _small() -> Table:
     rows.append(Row("pretrained LoRA, SST-2", "r90 of the gain", lora))
     return Table(
         "Aghajanyan et al. 2020, Table 1, small: MiniLM-L6", tuple(rows), seeds=2, notes=NOTES,
-        cost="about an hour on 2 CPU cores", figures=_figures,
+        cost="about 2 hours on 2 CPU cores", figures=_figures,
     )  # fmt: skip
 
 
