@@ -117,6 +117,28 @@ def test_did_has_a_projection_a_tensor_and_layer_and_shares_the_vector() -> None
     assert np.abs(columns["layers[0:3]/norm/scale"] - query[:, :4]).max() > 0.1
 
 
+def test_large_tensors_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    params, method = params_of(), Subspace(dimension=16, scope="tensor", scales="layer")
+    trainable = moved(method, params)
+
+    def found() -> Any:
+        def through(t: Any) -> jax.Array:
+            return loss(method.combine(params, t))
+
+        run = jax.jit(lambda t: (through(t), jax.grad(through)(t)))
+        text = run.lower(trainable).as_text()
+        return run(trainable), text.count("stablehlo.while")
+
+    together, loops = found()
+    monkeypatch.setattr(projections, "LONG", 1)
+    jax.clear_caches()
+    alone, more = found()
+    jax.clear_caches()  # of what was traced so
+    assert more > loops
+    for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+
+
 def test_said_spends_some_of_d_on_scales() -> None:
     """Three layers, embedding, final norm and head: six scales, of what stands in each."""
     params = params_of()

@@ -54,9 +54,10 @@ def numbers_of(p: projections.Projection, d: int) -> Any:
     return jax.jit(p.numbers, static_argnums=1)(KEY, d)
 
 
-# Also a tensor smaller than the subspace, and one number.
+# Also a tensor smaller than the subspace, one number, and one that is not taken in one piece.
 @pytest.mark.parametrize(
-    ("size", "d", "cached"), [(700, 30, True), (700, 30, False), (6, 20, False), (1, 1, True)]
+    ("size", "d", "cached"),
+    [(700, 30, True), (700, 30, False), (6, 20, False), (1, 1, True), (projections.LONG, 9, True)],
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_adjoint_is_exact(kind: str, size: int, d: int, cached: bool) -> None:
