@@ -8,8 +8,9 @@ rounds. Adapters have the paper's number of parameters. `paper`: its three setti
 a GPU. `small`: settings that a CPU can do, one of them the paper's. `smoke`: two layers.
 
 Measured so on 2 CPU cores (experiments/results/lora_table1_small.csv): merged LoRA, the base's own
-program, is 3 % slower to 3 % faster than it, which is the noise. Adapters are within it, but for
-Houlsby's at 4 x 128, +5 % [0, 10]; the paper's GPU takes 30 % longer for them at 1 x 128.
+program, reads 3 % below to 3 % above it, which is the noise. No adapter is decided above it: the
+most is Houlsby's at 4 x 128, 4.7 % [-0.2, 9.7]; the paper's GPU takes 30 % longer at 1 x 128. LoRA
+beside reads 8 % [1, 15] faster at 1 x 16, which nothing in it explains.
 """
 
 import functools

@@ -72,6 +72,7 @@ class Convolution(nn.Module):
         kernel = self.param("kernel", HE, (_WINDOW * _WINDOW * inputs, self.maps))
         bias = self.param("bias", nn.initializers.zeros, (self.maps,)).astype(self.dtype)
         high, wide = (height - _WINDOW + 1) // 2, (width - _WINDOW + 1) // 2
+        # An array, whatever kind of weight the kernel is.
         taps = jnp.eye(_WINDOW * _WINDOW * inputs, dtype=self.dtype) @ kernel.astype(self.dtype)
         windows = _windows(x_CHWB, high, wide).reshape(-1, high * wide * rows)
         y = placed(taps.reshape(_WINDOW, _WINDOW, inputs, self.maps)) @ windows

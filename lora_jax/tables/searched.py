@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import time
@@ -21,7 +20,7 @@ from lora_jax.sweeps.ladder import Ladder
 from lora_jax.sweeps.smallest import FILE, Found, Smallest
 from lora_jax.sweeps.sweep import Options
 from lora_jax.sweeps.threshold import Statistic, Target, Threshold
-from lora_jax.tables.work import Measured, Overrides, Trained, told
+from lora_jax.tables.work import Measured, Overrides, Trained, hashed, told
 
 _SPENT = "seconds.json"
 
@@ -131,7 +130,7 @@ class Searched:
 
     def _place(self) -> str:
         tried = [dict(one) for one in self.grid]
-        return _hash([told(self.config), dict(self.overrides), self.size, list(self.vary), tried])
+        return hashed([told(self.config), dict(self.overrides), self.size, list(self.vary), tried])
 
     def _chosen(self, place: Path, seeds: Sequence[int], progress: bool) -> Overrides:
         if len(self.grid) < 2:
@@ -150,12 +149,8 @@ class Searched:
         """Of all that makes another threshold of the same runs: each has a file of its own."""
         ends = (self.full, self.head_only)
         baselines = [dataclasses.asdict(b) if isinstance(b, Baseline) else b for b in ends]
-        return _hash([baselines, self.fraction, self.metric, self.statistic,
+        return hashed([baselines, self.fraction, self.metric, self.statistic,
                       dataclasses.asdict(self.ladder), self.diverged, self.name])  # fmt: skip
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
 
 
 def _summary(t: Threshold, seeds: int) -> Summary | None:

@@ -76,6 +76,11 @@ def told(config: str) -> list[str]:
     return [Path(path).name, *here]
 
 
+def hashed(content: Any) -> str:
+    """The first 8 hex digits of the SHA-256 of what JSON can hold: names a folder of runs."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
+
+
 class Work(Protocol):
     def measure(self, folder: Path, seeds: Sequence[int], progress: bool) -> Measured:
         """Does what is missing in `folder`, the row's; UserError where that cannot be done here."""
@@ -145,8 +150,7 @@ class Trained:
     def _place(self) -> str:
         """The same for all metrics of the same runs."""
         tried = [dict(g) for g in self.grid]
-        text = json.dumps([told(self.config), dict(self.overrides), tried])
-        return hashlib.sha256(text.encode()).hexdigest()[:8]
+        return hashed([told(self.config), dict(self.overrides), tried])
 
     def _value(self, result: Mapping[str, Any], metric: str) -> float:
         if metric not in result["metrics"]:
