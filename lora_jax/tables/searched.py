@@ -95,7 +95,7 @@ class Searched:
             target = Target(full, head, self.fraction, task.higher_is_better)
         except UserError as error:  # what the baselines gave, and they would give it again
             place.mkdir(parents=True, exist_ok=True)
-            spent = _spent(place, time.perf_counter() - began, 0)
+            spent = self._spent(place, time.perf_counter() - began, 0)
             return Measured({}, None, spent, chosen, str(error))
         search = Smallest(
             to_dict(experiment), self.size, self.ladder,
@@ -105,7 +105,7 @@ class Searched:
         found = search.run(target, place, Options(mode=self.mode), progress)
         file = place / f"{self._target()}_{FILE}"
         found.save(file)
-        spent = _spent(place, time.perf_counter() - began, len(found.runs))
+        spent = self._spent(place, time.perf_counter() - began, len(found.runs))
         return Measured(
             {}, _parameters(found), spent, chosen, _reason(found.threshold, self.ladder),
             place=str(file), summary=_summary(found.threshold, len(seeds)),
@@ -144,6 +144,16 @@ class Searched:
         if not tried.chosen:
             raise UserError(f"{self.size}={middle}: {tried.reason}")
         return tried.chosen
+
+    def _spent(self, place: Path, seconds: float, runs: int) -> float:
+        """Seconds of this threshold's calls that added runs; one that only reads took none."""
+        path = place / f"{self._target()}_{_SPENT}"
+        before: Mapping[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        if before.get("runs") == runs:
+            return float(before["seconds"])
+        total = before.get("seconds", 0.0) + seconds
+        write_json(path, {"runs": runs, "seconds": total})
+        return total
 
     def _target(self) -> str:
         """Of all that makes another threshold of the same runs: each has a file of its own."""
@@ -202,14 +212,3 @@ def _outside(method: Any) -> str:
 def _parameters(found: Found) -> int | None:
     size = found.threshold.size
     return None if size is None else round(found.parameters_at(size))
-
-
-def _spent(place: Path, seconds: float, runs: int) -> float:
-    """Seconds of the calls that added runs; one that only reads what is there took none."""
-    path = place / _SPENT
-    before: Mapping[str, float] = json.loads(path.read_text()) if path.exists() else {}
-    if before.get("runs") == runs:
-        return float(before["seconds"])
-    total = before.get("seconds", 0.0) + seconds
-    write_json(path, {"runs": runs, "seconds": total})
-    return total

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,11 @@ def test_a_table_of_thresholds(config: str, tmp_path: Path) -> None:
 
     rows = (tables.Row("MLP", "absolute", absolute), tables.Row("MLP", "gain", gain))
     table = tables.Table("Thresholds", rows, seeds=2, figures=figures)
+    began = time.perf_counter()
     filled = tables.run(table, "small", tmp_path / "t", progress=False)
     one, two = (line.measured for line in filled.lines)
+    # The second has the first's runs, and counts its baselines alone.
+    assert 0 < one.seconds + two.seconds < time.perf_counter() - began
     assert not one.reason or "by the smallest" in one.reason, one.reason
     # The same runs, another target.
     assert Path(one.place).parent == Path(two.place).parent, two.reason
