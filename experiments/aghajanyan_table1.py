@@ -15,8 +15,9 @@ update is Fastfood's transforms. `GLUE_DIR` names a folder with TFDS's glue, if 
 usual place. `smoke`: a few steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from given_folders import CONFIGS, glue
@@ -49,20 +50,31 @@ def _rates(method: str) -> list[dict[str, Any]]:
 
 
 def _search(
-    method: str, task: str, ladder: Ladder, *, gain: bool, overrides: dict[str, Any], **arg: object
+    method: str,
+    task: str,
+    ladder: Ladder,
+    *,
+    gain: bool,
+    random: bool = False,
+    short: Mapping[str, Any] = MappingProxyType({}),
+    **arg: object,
 ) -> Searched:
-    """Of d, or of LoRA's rank."""
-    seeded = (*SEEDED, "model.init_seed") if arg.get("random") else SEEDED
-    baselines = {
-        name: Baseline({**overrides, "method.kind": kind}, _rates(name), seeded)
-        for name, kind in (("full", "full"), ("head", "head_only"))
-    }
+    """Of d, or of LoRA's rank; `short` overrides the runs of the search and of its baselines."""
+    seeded = (*SEEDED, "model.init_seed") if random else SEEDED
+
+    def config(method: str) -> str:
+        own = {"method": method, "task": task.lower().replace("-", ""), "random": random}
+        return glue(CONFIG, **own, **arg)
+
+    def baseline(name: str) -> Baseline:
+        return Baseline(short, _rates(name), seeded, config(name))
+
     of_rank = method == "lora"
     return Searched(
-        glue(CONFIG, method=method, task=task.lower().replace("-", ""), **arg), ladder,
-        full=baselines["full"],
-        head_only=baselines["head"] if gain else None,
-        overrides=overrides,
+        config(method), ladder,
+        full=baseline("full"),
+        head_only=baseline("head") if gain else None,
+        overrides={**short, "method.alpha": 8.0} if of_rank else short,
         size="method.rank" if of_rank else "method.dimension",
         name="r90" if of_rank else "d90",
         metric=METRICS[task],
@@ -79,11 +91,9 @@ def _small() -> Table:
     subspace = Ladder(30, 10_000, points=4, ratio=7.0)
     for start, method in (("pretrained", "said"), ("pretrained", "did"), ("random", "said")):
         for gain in (False, True):
-            work = _search(method, "SST-2", subspace, gain=gain, overrides={},
-                           **arg, random=start == "random")  # fmt: skip
+            work = _search(method, "SST-2", subspace, gain=gain, random=start == "random", **arg)
             rows.append(Row(f"{start} {method.upper()}, SST-2", _metric(gain), work))
-    lora = _search("lora", "SST-2", Ladder(1, 16, points=3, ratio=5.0), gain=True,
-                   overrides={"method.alpha": 8.0}, **arg)  # fmt: skip
+    lora = _search("lora", "SST-2", Ladder(1, 16, points=3, ratio=5.0), gain=True, **arg)
     rows.append(Row("pretrained LoRA, SST-2", "r90 of the gain", lora))
     return Table(
         "Aghajanyan et al. 2020, Table 1, small: MiniLM-L6", tuple(rows), seeds=2, notes=NOTES,
@@ -103,8 +113,7 @@ def _paper() -> Table:
                 ladder = Ladder(100, 10_000, points=7, parts=4)
                 cited = Published("agh_t1_d90", {"model": name}, f"{method.upper()}_{task}")
                 for gain in (False, True):
-                    work = _search(method, task, ladder, gain=gain, overrides={},
-                                   model=f"FacebookAI/{model}")  # fmt: skip
+                    work = _search(method, task, ladder, gain=gain, model=f"FacebookAI/{model}")
                     row = f"{name} {method.upper()}, {task}"
                     rows.append(Row(row, _metric(gain), work, None if gain else cited))
     return Table(
@@ -117,7 +126,7 @@ def _smoke() -> Table:
     short = {"training.steps": 2, "training.eval_every": 1, "data.source.split": "train[:64]",
              "data.validation": "validation[:32]"}  # fmt: skip
     work = _search("said", "CoLA", Ladder(50, 100, points=2, ratio=9.0), gain=False,
-                   overrides=short, model="minilm-l6", embeddings=False)  # fmt: skip
+                   short=short, model="minilm-l6", embeddings=False)  # fmt: skip
     row = Row("pretrained SAID, CoLA", "d90", work)
     return Table("Aghajanyan et al. 2020, Table 1, smoke", (row,), seeds=1, figures=_figures)
 

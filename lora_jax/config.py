@@ -181,6 +181,15 @@ def convert(value: Any, hint: Any, path: str) -> Any:
     raise UserError(f"{path} must be {getattr(hint, '__name__', hint)}, not {value!r}")
 
 
+def plain(value: Any) -> Any:
+    """The value with Python's numbers in place of NumPy's, which JSON cannot hold."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items()}
+    return type(value)(map(plain, value)) if isinstance(value, list | tuple) else value
+
+
 def _frozen(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()

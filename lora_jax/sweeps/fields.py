@@ -51,12 +51,17 @@ def follows(frame: pd.DataFrame, key: str, leader: str) -> bool:
     return bool(frame.groupby(leader, dropna=False)[key].nunique(dropna=False).max() == 1)
 
 
+def tied(frame: pd.DataFrame, one: str, other: str) -> bool:
+    """Whether each follows from the other: no two rows differ in one of them alone."""
+    return follows(frame, one, other) and follows(frame, other, one)
+
+
 def groups(frame: pd.DataFrame, fields: Sequence[str]) -> dict[str, list[str]]:
     """The fields that always vary together, under one of them: the rank if it is among them."""
     found: dict[str, list[str]] = {}
     for key in sorted(fields, key=lambda k: k != RANK):
         for leader, others in found.items():
-            if follows(frame, key, leader) and follows(frame, leader, key):
+            if tied(frame, key, leader):
                 others.append(key)
                 break
         else:
@@ -65,9 +70,8 @@ def groups(frame: pd.DataFrame, fields: Sequence[str]) -> dict[str, list[str]]:
 
 
 def others(frame: pd.DataFrame, keys: Sequence[str], key: str) -> list[str]:
-    """The fields that can be held while `key` is changed: those that do not follow from it."""
-    rest = [k for k in keys if k != key]
-    return [k for k in rest if is_seed(k) or not follows(frame, k, key)]
+    """The fields to hold while `key` is changed: all but those that are tied to it."""
+    return [k for k in keys if k != key and (is_seed(k) or not tied(frame, k, key))]
 
 
 def settings(frame: pd.DataFrame, fields: Sequence[str], metric: str, higher: bool) -> pd.DataFrame:

@@ -97,7 +97,7 @@ def members(base: Mapping[str, Any], overrides: Iterable[Overrides]) -> list[Mem
     found = []
     for override in overrides:
         experiment = from_dict(assign_all(complete, override))
-        found.append(Member(member_name(experiment), dict(override), experiment))
+        found.append(Member(member_name(experiment), configs.plain(override), experiment))
     return found
 
 

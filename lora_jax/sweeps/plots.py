@@ -171,7 +171,7 @@ def differences(gaps: pd.DataFrame, metric: str, folder: Path) -> list[Plot]:
         return []
     figure, axes = new_figure(height=1.2 + 0.32 * len(gaps), width=7.0)
     names = [
-        f"{row['field'].rsplit('.', 1)[-1]}: {_cut(row['value'])} − {_cut(row['against'])}"
+        f"{_last(row['field'])}: {_cut(row['value'])} − {_cut(row['against'])}"
         for _, row in gaps.iterrows()
     ]
     places = list(range(len(gaps)))[::-1]
@@ -183,6 +183,11 @@ def differences(gaps: pd.DataFrame, metric: str, folder: Path) -> list[Plot]:
     axes.set(xlabel=f"difference of {metric}")
     caption = "paired differences from the best value of each field, with 95 % intervals"
     return [save(figure, folder, "paired_differences", caption)]
+
+
+def _last(field: str) -> str:
+    """Names without what is in front of their last dot."""
+    return ", ".join(name.rsplit(".", 1)[-1] for name in field.split(", "))
 
 
 # What all plots of a sweep share.

@@ -77,14 +77,16 @@ def differences(
 ) -> pd.DataFrame:
     """Each value of a varied field against the best one, over members alike in all other fields.
 
-    Fields that vary together (alpha = 2·rank) are one, under the first one's name.
+    Fields that vary together (alpha = 2·rank) are one, which has all their names and the first
+    one's values: their effects cannot be told apart. Values that no two such members have (of
+    alpha, where each rank has alphas of its own) are not compared.
 
     Columns: field, value, against, difference (value - against), low, high (95 % interval of the
     mean), pairs. Members that did not finish are in no pair.
     """
     done = fields.finished(frame, keys, metric)
     rows = []
-    for key in fields.groups(done, fields.varied(done, keys)):
+    for key, together in fields.groups(done, fields.varied(done, keys)).items():
         others = fields.others(done, keys, key)
         by_value: dict[Any, dict[int, float]] = {}
         places: dict[str, int] = {}
@@ -98,7 +100,8 @@ def differences(
         for value, found in by_value.items():
             gap = statistics.paired(found, by_value[best])
             if value != best and gap is not None:
-                rows.append((key, value, best, gap.value, gap.low, gap.high, gap.n))
+                name = ", ".join(together)
+                rows.append((name, value, best, gap.value, gap.low, gap.high, gap.n))
     names = ["field", "value", "against", "difference", "low", "high", "pairs"]
     return pd.DataFrame(rows, columns=names)
 
@@ -162,7 +165,8 @@ def _page(
         f"differ in seeds.</p>{_table(best)}",
         f"<h2>Plots</h2><div class='plots'>{shown}</div>" if shown else "",
         "<h2>Paired differences</h2><p>Each value against the best of its field, over members that "
-        f"are alike in all other fields; 95 % intervals of the mean.</p>{_table(gaps)}",
+        "are alike in all other fields; 95 % intervals of the mean. Fields that always varied "
+        f"together stand in one row.</p>{_table(gaps)}",
         f"<h2>Members</h2>{_table(frame)}",
         f"<details><summary>Environment</summary>{_facts(rest)}</details></body></html>",
     ]

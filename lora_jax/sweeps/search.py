@@ -151,8 +151,8 @@ class Optuna:
                 yield member
 
     def done(self, member: Member, result: Mapping[str, Any]) -> None:
-        """Tells the study what a member reached; a member that ended early has failed."""
-        value = result["metrics"].get(self._metric)
+        """Tells the study what a member reached: see `reached`."""
+        value = reached(result, self._metric)
         self._known[member.name] = value
         for trial in self._open.pop(member.name, []):
             self._tell(trial, value)
@@ -163,6 +163,12 @@ class Optuna:
             self._study.tell(trial, state=failed)
         else:
             self._study.tell(trial, value)
+
+
+def reached(result: Mapping[str, Any], metric: str) -> float | None:
+    """A member's metric; None where it ended early, by divergence or halving: no value of fewer
+    updates stands beside those of all."""
+    return result["metrics"].get(metric) if result["status"] == "finished" else None
 
 
 def result(folder: Path, member: Member) -> dict[str, Any] | None:

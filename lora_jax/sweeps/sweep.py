@@ -70,6 +70,8 @@ class Options:
     dry: bool = False
 
     def __post_init__(self) -> None:
+        if self.slots is not None and self.slots < 1:
+            raise UserError(f"--slots is {self.slots}: train one member at a time or more")
         if self.optuna is None:
             return
         search.import_optuna()  # what is missing is said before anything is compiled
@@ -232,7 +234,7 @@ class Sweep:
         metric = self.task.principal
         study = search.Optuna(
             dict(zip(places, self.grid, strict=True)), sizes,
-            known={n: r["metrics"].get(metric) for n, r in self._results.items()},
+            known={n: search.reached(r, metric) for n, r in self._results.items()},
             trials=o.optuna, seed=o.seed, metric=metric,
             higher_is_better=self.task.higher_is_better,
         )  # fmt: skip

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -143,12 +144,14 @@ class Trainer:
         live = self._live()
         due = [i for i in live if self._at(i).evaluating and not self._at(i).last]
         due = [i for i in due if self._at(i).experiment.training.eval_every]
-        self._judge(due, self._evaluate(due))
+        found = dict(zip(due, self._evaluate(due), strict=True))
+        self._judge(due, list(found.values()))
         for index in live:
             held = self._slots[index]
             if held is not None and held.saving and not held.last and index not in due:
                 self._save(held, self._own(index), None)
-        self._end([i for i in live if self._slots[i] is not None and self._at(i).last])
+        ended = [i for i in live if self._slots[i] is not None and self._at(i).last]
+        self._end(ended, {i: found[i] for i in ended if i in found})
 
     def _judge(self, indices: list[int], found: list[dict[str, float]]) -> None:
         """Logs and saves evaluated slots, and frees those that the search stops."""
@@ -209,12 +212,20 @@ class Trainer:
             return [[] for _ in indices]
         return self.program.spectra(self._states, indices)
 
-    def _end(self, indices: list[int]) -> None:
-        """Evaluates, saves and frees slots whose members are done."""
+    def _end(
+        self, indices: list[int], judged: Mapping[int, dict[str, float]] = MappingProxyType({})
+    ) -> None:
+        """Evaluates, saves and frees slots whose members are done.
+
+        Args:
+          judged: metrics of those among them that were evaluated and saved at this step, at which
+            they converged.
+        """
         if not indices:
             return
-        found = dict(zip(indices, self._evaluate(indices), strict=True))
-        self._keep(indices, list(found.values()))
+        fresh = [i for i in indices if i not in judged]
+        found = {**judged, **dict(zip(fresh, self._evaluate(fresh), strict=True))}
+        self._keep(fresh, [found[i] for i in fresh])
         earlier = [i for i in indices if self._at(i).best_is_earlier]
         for index in earlier:
             self._back(index)

@@ -14,7 +14,7 @@ from typing import Any
 from lora_jax.errors import UserError
 from lora_jax.statistics import Summary
 from lora_jax.tables.table import Filled, Table
-from lora_jax.tables.work import Measured, Work, told
+from lora_jax.tables.work import Measured, Work, plain
 
 log = logging.getLogger(__name__)
 _FIELDS = ("trainable_params", "seconds", "chosen", "notes")
@@ -36,7 +36,8 @@ def text(filled: Filled) -> str:
 
 
 def read(paths: Sequence[Path], table: Table, scale: str) -> dict[str, Measured]:
-    """What files have of a table's rows, by name; of a row that several have, the first's.
+    """What files have of a table's rows, by name; of a row that several have, the first's of those
+    with the most seeds.
 
     A row that was measured with other settings than the table's now is left out, with a warning.
 
@@ -47,7 +48,10 @@ def read(paths: Sequence[Path], table: Table, scale: str) -> dict[str, Measured]
         rows, odd = _rows(path, table, scale)
         if odd:
             raise UserError(f"--known {path} has a row {odd[0]!r}, which the table has not")
-        found = rows | found
+        more = {
+            n: x for n, x in rows.items() if n not in found or len(x.seeds) > len(found[n].seeds)
+        }
+        found |= more
     return found
 
 
@@ -82,17 +86,10 @@ def _rows(path: Path, table: Table, scale: str) -> tuple[dict[str, Measured], li
 
 def settings(work: Work) -> str | None:
     """A hash of what the runs of a config are told; None where a function makes the number."""
-    config = getattr(work, "config", None)
-    if not (dataclasses.is_dataclass(work) and isinstance(config, str)):
+    if not isinstance(getattr(work, "config", None), str):
         return None
-    fields = {f.name: getattr(work, f.name) for f in dataclasses.fields(work)}
-    content = {**fields, "config": told(config)}
-    plain = json.dumps(content, sort_keys=True, default=_plain)
-    return hashlib.sha256(plain.encode()).hexdigest()[:12]
-
-
-def _plain(value: Any) -> Any:
-    return dict(value) if isinstance(value, Mapping) else vars(value)
+    text = json.dumps(work, sort_keys=True, default=plain)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _content(path: Path) -> Mapping[str, Any]:
@@ -114,15 +111,19 @@ def _kept(measured: Measured, runs: int) -> dict[str, Any]:
         "values": {str(seed): _or_null(x) for seed, x in measured.values.items()},
         "summary": summary and {k: _or_null(x) for k, x in summary.items()},
         **{name: getattr(measured, name) for name in _FIELDS},
+        "seeds": measured.seeds,
         "runs": runs,
     }
 
 
 def _measured(row: Mapping[str, Any], where: str) -> Measured:
     summary = row["summary"]
+    values = {int(seed): _or_nan(x) for seed, x in row["values"].items()}
     return Measured(
-        {int(seed): _or_nan(x) for seed, x in row["values"].items()},
+        values,
         summary=summary and _summary(summary),
+        # An older version's file does not say.
+        seeds=tuple(row.get("seeds", values or range(summary["n"] if summary else 0))),
         known_from=where,
         **{name: row[name] for name in _FIELDS if name != "notes"},
         notes=tuple(row["notes"]),

@@ -29,15 +29,20 @@ class Correlated:
 
     Args:
       pairs: (what foretells, what is foretold), rows of the same table.
+      there: cells that are measured already, by the row's name: see `given`.
     """
 
     pairs: Sequence[tuple[Row, Row]]
+    there: Mapping[str, Measured] = dataclasses.field(default_factory=dict)
+
+    def given(self, there: Mapping[str, Measured]) -> Correlated:
+        return dataclasses.replace(self, there=there)
 
     def measure(self, folder: Path, seeds: Sequence[int], progress: bool) -> Measured:
         found = [
             (x, y)
             for one, other in self.pairs
-            for x, y in [[_of(row, folder.parent, seeds, progress) for row in (one, other)]]
+            for x, y in [[self._of(row, folder.parent, seeds, progress) for row in (one, other)]]
             if x is not None and y is not None
         ]
         beyond = sum(not 0 < y < math.inf for _, y in found if isinstance(y, float))
@@ -50,6 +55,14 @@ class Correlated:
             note += f"; {beyond} of the thresholds lie beyond what was run, and tie there"
         return Measured({}, summary=rho, notes=(note,))
 
+    def _of(self, row: Row, folder: Path, seeds: Sequence[int], progress: bool) -> float | None:
+        if row.name in self.there:
+            return number(self.there[row.name])
+        try:
+            return number(row.work.measure(folder / row.folder, seeds, progress))
+        except UserError:
+            return None  # the row's own cell says why
+
 
 def outcome(rho: Summary) -> str:
     """What the interval of a rank correlation says."""
@@ -58,13 +71,6 @@ def outcome(rho: Summary) -> str:
     if rho.high < 0:
         return "it foretells the reverse of the order"
     return "undecided, the interval holds 0"
-
-
-def _of(row: Row, folder: Path, seeds: Sequence[int], progress: bool) -> float | None:
-    try:
-        return number(row.work.measure(folder / row.folder, seeds, progress))
-    except UserError:
-        return None  # the row's own cell says why
 
 
 def number(measured: Measured) -> float | None:

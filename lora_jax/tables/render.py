@@ -174,7 +174,7 @@ def _foot(filled: Filled) -> str:
         "mean": "mean ± std [95 % interval of the mean]",
         "median": "median ± std [least, greatest]",
     }
-    spent = sum({x.measured.where: x.measured.seconds for x in filled.lines}.values())
+    spent = sum({x.measured.where or x.row.name: x.measured.seconds for x in filled.lines}.values())
     declared = filled.table.declared_cost(filled.scale)
     cost = f"Declared cost: {declared}; " if declared else ""
     took = f"computing took {spent / 60:.1f} minutes."

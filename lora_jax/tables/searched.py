@@ -29,17 +29,20 @@ _SPENT = "seconds.json"
 class Baseline:
     """Runs whose metric the target is a fraction of, or above which the gain is counted.
 
-    They are shared by all cells of a table with the same settings.
+    They are shared by all cells of a table whose baselines have the same config and settings.
 
     Args:
-      overrides: of the cell's config.
+      overrides: of the config.
       grid: as of `Trained`.
       vary: what a seed sets besides `seed`; None: as for the cell itself.
+      config: as of `Trained`; None: the cell's. One that names no method of a cell lets cells of
+        several methods share its runs.
     """
 
     overrides: Overrides
     grid: Sequence[Overrides] = ()
     vary: Sequence[str] | None = None
+    config: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +123,8 @@ class Searched:
     ) -> tuple[float, ...]:
         vary = self.vary if baseline.vary is None else baseline.vary
         work = Trained(
-            self.config, metric=self.metric, overrides=baseline.overrides, grid=baseline.grid,
-            vary=vary,
+            baseline.config or self.config, metric=self.metric, overrides=baseline.overrides,
+            grid=baseline.grid, vary=vary,
         )  # fmt: skip
         values = work.measure(folder, seeds, progress).values
         if not values:
@@ -149,7 +152,7 @@ class Searched:
         """Seconds of this threshold's calls that added runs; one that only reads took none."""
         path = place / f"{self._target()}_{_SPENT}"
         before: Mapping[str, float] = json.loads(path.read_text()) if path.exists() else {}
-        if before.get("runs") == runs:
+        if runs <= before.get("runs", -1):
             return float(before["seconds"])
         total = before.get("seconds", 0.0) + seconds
         write_json(path, {"runs": runs, "seconds": total})
@@ -158,9 +161,8 @@ class Searched:
     def _target(self) -> str:
         """Of all that makes another threshold of the same runs: each has a file of its own."""
         ends = (self.full, self.head_only)
-        baselines = [dataclasses.asdict(b) if isinstance(b, Baseline) else b for b in ends]
-        return hashed([baselines, self.fraction, self.metric, self.statistic,
-                      dataclasses.asdict(self.ladder), self.diverged, self.name])  # fmt: skip
+        return hashed([ends, self.fraction, self.metric, self.statistic,
+                      self.ladder, self.diverged, self.name])  # fmt: skip
 
 
 def _summary(t: Threshold, seeds: int) -> Summary | None:

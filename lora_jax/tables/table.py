@@ -20,7 +20,7 @@ from lora_jax import config as configs
 from lora_jax import statistics
 from lora_jax.errors import UserError, nearest
 from lora_jax.tables.published import Cited, Published
-from lora_jax.tables.work import Counted, Measured, NotRun, Work
+from lora_jax.tables.work import Computed, Counted, Following, Measured, NotRun, Work
 
 Scale = Literal["smoke", "small", "paper"]
 SCALES: tuple[Scale, ...] = ("smoke", "small", "paper")
@@ -97,6 +97,17 @@ class Table:
         names = [(row.row, row.metric) for row in self.rows]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise UserError(f"two rows of {self.title!r} are called {' / '.join(twice[0])}")
+        files: dict[tuple[str, str], str] = {}
+        for one in self.rows:
+            if not isinstance(one.work, Computed):
+                continue  # runs lie in folders named by what they are told
+            other = files.setdefault((one.folder, one.work.file), one.row)
+            if other != one.row:
+                raise UserError(
+                    f"the rows {other!r} and {one.row!r} of {self.title!r} would share the file "
+                    f"{one.folder}/{one.work.file}: let their labels differ in letters or digits, "
+                    "or their functions have different names"
+                )
         known = set(names)
         for claim in self.claims:
             for row in (claim.better, claim.worse):
@@ -201,20 +212,23 @@ def run(
         `earlier`, or as not run.
       seeds: in place of the table's own number.
       known: rows that are measured already, by name: see `kept.read`. Those that have all seeds are
-        not run.
+        not run; one that follows from others (`Following`) is made anew from what is there now.
       earlier: what an earlier call gave, by name: see `kept.earlier`.
       after: called with the `Filled` so far after each row: it has what is known or earlier too.
 
     Raises UserError where `rows` is no regex, or of no row.
     """
     wanted = _pattern(rows, table)
-    numbers = list(range(seeds or table.seeds))
+    if seeds is not None and seeds < 1:
+        raise UserError(f"--seeds is {seeds}: a number needs one seed or more")
+    numbers = list(range(table.seeds if seeds is None else seeds))
 
     def of(some: Mapping[str, Measured]) -> dict[str, Measured]:
         taken = {name: measured.of(numbers) for name, measured in some.items()}
         return {name: measured for name, measured in taken.items() if measured is not None}
 
-    final = of(known)
+    follow = {row.name for row in table.rows if isinstance(row.work, Following)}
+    final = {name: measured for name, measured in of(known).items() if name not in follow}
     there = {**of(earlier), **final}
     lines = {r.name: _line(table, r, there[r.name]) for r in table.rows if r.name in there}
 
@@ -223,7 +237,11 @@ def run(
 
     for row in table.rows:
         if row.name not in final and wanted.search(row.name):
-            measured = _measure(row, workdir / scale / row.folder, numbers, progress)
+            work = row.work
+            if isinstance(work, Following):
+                has = {n: x.measured for n, x in lines.items() if x.summary is not None}
+                work = work.given(has)
+            measured = _measure(row.name, work, workdir / scale / row.folder, numbers, progress)
             lines[row.name] = _line(table, row, measured)
         elif row.name not in lines:
             lines[row.name] = _line(table, row, Measured({}, reason="left out by --rows"))
@@ -242,11 +260,11 @@ def _pattern(rows: str, table: Table) -> re.Pattern[str]:
     return wanted
 
 
-def _measure(row: Row, folder: Path, seeds: Sequence[int], progress: bool) -> Measured:
+def _measure(name: str, work: Work, folder: Path, seeds: Sequence[int], progress: bool) -> Measured:
     if progress:
-        print(row.name, flush=True)
+        print(name, flush=True)
     try:
-        return row.work.measure(folder, seeds, progress)
+        return dataclasses.replace(work.measure(folder, seeds, progress), seeds=tuple(seeds))
     except (UserError, OSError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if progress:

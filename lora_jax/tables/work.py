@@ -11,8 +11,9 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+from lora_jax import config as configs
 from lora_jax.errors import UserError
 from lora_jax.experiment import to_dict
 from lora_jax.plan.sketch import Sketch
@@ -32,7 +33,9 @@ class Measured:
     Attributes:
       values: the metric by seed.
       trainable_params: of the model that gave it; None where nothing trains.
-      seconds: that it took, in all.
+      seconds: that the calls took which ended; the time of an interrupted one is not known.
+      seeds: that it was asked for; `values` lacks those that diverged, and a number that no seed
+        changes stands at the first of them.
       place: folder of the runs: cells that are metrics of the same runs share it.
       known_from: in place of that, the file that had it, and which runs there: see `kept`.
       chosen: what was chosen for it on the first seed (`{"optimizer.learning_rate": 2e-3}`).
@@ -53,6 +56,7 @@ class Measured:
     summary: Summary | None = None
     notes: tuple[str, ...] = ()
     known_from: str = ""
+    seeds: tuple[int, ...] = ()
 
     @property
     def where(self) -> str:
@@ -60,30 +64,54 @@ class Measured:
         return self.place or self.known_from
 
     def of(self, seeds: Sequence[int]) -> Measured | None:
-        """Of these seeds alone; None where it has not all."""
-        if self.summary is not None:
-            return self if self.summary.n == len(seeds) else None
-        if not self.values.keys() >= set(seeds):
+        """Of these seeds alone; None where it was not asked for all of them."""
+        alike, enough = set(seeds) == set(self.seeds), set(seeds) <= set(self.seeds)
+        if not (alike if self.summary is not None else enough):
             return None
-        return dataclasses.replace(self, values={seed: self.values[seed] for seed in seeds})
+        values = {seed: x for seed, x in self.values.items() if seed in seeds}
+        return dataclasses.replace(self, values=values, seeds=tuple(seeds))
+
+
+_PLACES = ("data_dir", "folder")
+"""Arguments of configs that say where data lie, and not which."""
 
 
 def told(config: str) -> list[str]:
-    """`path/of/config.py:arg` without the folders that it names, its own too: machines, and clones
-    on one machine, have their own. What tells the runs of one config from those of another."""
+    """`path/of/config.py:arg` without the folder it lies in, and without those of data: machines,
+    and clones on one machine, have their own. What tells one config's runs from another's."""
     path, _, arg = config.partition(":")
-    here = [x for x in arg.split(",") if not Path(x.partition("=")[2] or ".").is_absolute()]
-    return [Path(path).name, *here]
+    pairs = [x.partition("=") for x in arg.split(",")]
+    kept = ["".join(x) for x in pairs if not (x[0] in _PLACES and x[2])]
+    return [Path(path).name, *kept]
+
+
+def plain(value: Any) -> Any:
+    """For `json.dumps(default=)`: works and baselines by what they are told, other mappings than
+    dicts, NumPy's numbers."""
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        config = fields.get("config")
+        return {**fields, "config": told(config)} if isinstance(config, str) else fields
+    return dict(value) if isinstance(value, Mapping) else configs.plain(value)
 
 
 def hashed(content: Any) -> str:
     """The first 8 hex digits of the SHA-256 of what JSON can hold: names a folder of runs."""
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(content, default=plain).encode()).hexdigest()[:8]
 
 
 class Work(Protocol):
     def measure(self, folder: Path, seeds: Sequence[int], progress: bool) -> Measured:
         """Does what is missing in `folder`, the row's; UserError where that cannot be done here."""
+        ...
+
+
+@runtime_checkable
+class Following(Protocol):
+    """Work that reads other rows: it is made from what is there of them, each time anew."""
+
+    def given(self, there: Mapping[str, Measured]) -> Work:
+        """With the rows that have a number, by name; it measures the others itself."""
         ...
 
 
@@ -200,8 +228,13 @@ class Computed:
     name: str = ""
     metric: str = ""
 
+    @property
+    def file(self) -> str:
+        """Of what it gave, in the row's folder."""
+        return f"{self.name or self.function.__name__}.json"
+
     def measure(self, folder: Path, seeds: Sequence[int], progress: bool) -> Measured:
-        path = folder / f"{self.name or self.function.__name__}.json"
+        path = folder / self.file
         done = json.loads(path.read_text()) if path.exists() else {}
         for seed in seeds if self.seeded else seeds[:1]:
             if str(seed) not in done:
@@ -210,7 +243,8 @@ class Computed:
                 done[str(seed)] = {**found, "seconds": time.perf_counter() - began}
                 folder.mkdir(parents=True, exist_ok=True)
                 write_json(path, done)
-        rows = {int(seed): self._cell(found) for seed, found in done.items()}
+        asked = map(str, seeds) if self.seeded else done
+        rows = {int(seed): self._cell(done[seed]) for seed in asked}
         params = next(
             (r["trainable_params"] for r in rows.values() if "trainable_params" in r), None
         )

@@ -133,6 +133,7 @@ def test_equal_members_are_one_and_numbers_may_be_numpys(tiny_config):
     rates = grid.members(tiny_config(), [{"optimizer.learning_rate": np.float32(0.5), "seed": r}
                                          for r in ranks[:1]])  # fmt: skip
     assert (rates[0].experiment.optimizer.learning_rate, rates[0].experiment.seed) == (0.5, 4)
+    json.dumps([m.overrides for m in (*found, *rates)])  # as a sweep's table does
 
 
 def test_generators_are_checked_where_they_are_used(tmp_path):
@@ -164,6 +165,21 @@ def test_optuna_that_is_missing_is_said_first(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(UserError, match="pip install optuna"):
         Options(optuna=3)
+
+
+def test_optuna_takes_no_value_of_fewer_updates():
+    """A member that halving ended, or that diverged, is no trial with a value."""
+    metrics = {"metrics": {"accuracy": 0.9}}
+    assert search.reached({**metrics, "status": "finished"}, "accuracy") == 0.9
+    assert search.reached({**metrics, "status": "stopped at 4 updates"}, "accuracy") is None
+
+
+def test_no_slots_are_none(tmp_path):
+    from lora_jax.sweeps.sweep import Options
+
+    for count in (0, -1):
+        with pytest.raises(UserError, match=f"--slots is {count}"):
+            Options(slots=count)
 
 
 def test_halving_keeps_the_best_of_each_rung(tiny_config, tmp_path):

@@ -48,9 +48,29 @@ def test_fields_that_vary_together_are_one() -> None:
     """alpha = 2·rank: ranks are compared all the same, and alpha does not tell the same again."""
     coupled = frame().assign(**{ALPHA: lambda x: 2.0 * x[RANK]})
     gaps = report.differences(coupled, [ALPHA, *KEYS], "error", False).set_index("field")
-    assert set(gaps.index) == {RANK, RATE, TARGETS}
-    assert gaps.loc[RANK, "pairs"] == 8 and gaps.loc[RANK, "difference"] == pytest.approx(0.2)
+    both = f"{RANK}, {ALPHA}"  # which of them it was cannot be told
+    assert set(gaps.index) == {both, RATE, TARGETS}
+    assert gaps.loc[both, "pairs"] == 8 and gaps.loc[both, "difference"] == pytest.approx(0.2)
     assert fields.groups(coupled, [ALPHA, RANK, RATE]) == {RANK: [RANK, ALPHA], RATE: [RATE]}
+
+
+def test_only_members_alike_in_all_else_are_compared() -> None:
+    """alpha = s·rank: each alpha has one rank, so alphas are compared within it alone."""
+    rows = [
+        {RANK: rank, ALPHA: s * rank, SEED: seed, "error": {1: 0.5, 4: 0.1}[rank] + 0.01 * s}
+        for rank, s, seed in itertools.product((1, 4), (1.0, 2.0), (0, 1))
+    ]
+    gaps = report.differences(pd.DataFrame(rows), [RANK, ALPHA, SEED], "error", False)
+    assert gaps[["field", "value", "against", "pairs"]].values.tolist() == [[ALPHA, 8.0, 4.0, 2]]
+    assert gaps["difference"].tolist() == pytest.approx([0.01])
+    # What is confounded because few members finished says so.
+    few = pd.DataFrame([
+        {RANK: rank, RATE: rate, SEED: seed, "error": rate}
+        for (rank, rate), seed in itertools.product(((1, 1e-4), (4, 1e-3)), (0, 1))
+    ])  # fmt: skip
+    assert set(report.differences(few, [RANK, RATE, SEED], "error", False)["field"]) == {
+        f"{RANK}, {RATE}"
+    }
 
 
 def test_settings_are_ordered_and_seeds_are_repetitions() -> None:

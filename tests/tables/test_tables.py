@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lora_jax import cli, statistics, tables
 from lora_jax.errors import UserError
 from lora_jax.tables import kept, published, render
 from lora_jax.tables.quoted import quoted
+from lora_jax.tables.related import Correlated
 from lora_jax.tables.table import COLUMNS, Filled, Line
 from lora_jax.tables.work import Measured
 
@@ -108,6 +110,10 @@ def test_what_is_measured_once_is_kept(tmp_path: Path) -> None:
     assert first["low"] < 11.0 < first["high"] and first["published"] == 290
     assert (second["seeds"], second["status"]) == (1, "measured") and pd.isna(second["low"])
     assert third["seeds"] == 0 and pd.isna(third["measured"]) and third["published"] == 290
+    fewer = tables.run(a_table(calls), "small", tmp_path, seeds=1).frame().iloc[0]
+    assert (fewer["measured"], fewer["seeds"]) == (10.0, 1) and calls == [0, 1, 2]
+    with pytest.raises(UserError, match="--seeds is 0"):
+        tables.run(a_table(calls), "small", tmp_path, seeds=0)
 
 
 def test_a_function_that_gives_several_cells_is_called_once(tmp_path: Path) -> None:
@@ -158,6 +164,7 @@ def test_all_metrics_of_a_row_are_of_one_choice(tiny_config: Any, tmp_path: Path
 
 
 FAILING = """
+from collections.abc import Sequence
 from pathlib import Path
 from lora_jax.tables import Computed, NotRun, Published, Row, Table
 def table(scale):
@@ -193,7 +200,7 @@ def test_what_fails_stands_with_its_reason_and_the_others_run(tmp_path: Path, ca
     there.touch()
     assert cli.main([*arguments, "--quiet", "--rows", only]) == 0
     frame = pd.read_csv(tmp_path / "w" / "exp.csv").set_index("row")
-    assert list(frame["seeds"]) == [1, 1, 0, 0]  # c was left out, d has nothing
+    assert list(frame["seeds"]) == [1, 1, 1, 0]  # c stands as it was, d has nothing
     assert cli.main([*arguments, "--quiet"]) == 0
 
 
@@ -353,6 +360,49 @@ def test_rows_left_out_stand_as_they_were_measured_before(tmp_path: Path) -> Non
         kept.read([tmp_path / "w" / "exp.json"], fewer, "small")
 
 
+def test_what_has_no_number_a_seed_is_kept_too(tmp_path: Path) -> None:
+    """A count, a row of which one seed diverged, and, made anew, what follows from other rows."""
+    calls: list[str] = []
+
+    class Once:
+        def __init__(self, name: str, values: dict[int, float]):
+            self.name, self.found = name, Measured(values)
+
+        def measure(self, folder: Path, seeds: Sequence[int], progress: bool) -> Measured:
+            calls.append(self.name)
+            return self.found
+
+    works = {"count": Once("count", {0: 7.0}), "diverged": Once("diverged", {0: 1.0, 2: 3.0})}
+    works |= {f"x{i}": Once(f"x{i}", dict.fromkeys(range(3), float(i))) for i in range(5)}
+    rows = [tables.Row(name, "m", work) for name, work in works.items()]
+    pairs = [(x, x) for x in rows[2:]]
+    rows.append(tables.Row("all", "rho", Correlated(pairs)))
+    table = tables.Table("t", tuple(rows))
+    render.write(tables.run(table, "small", tmp_path), tmp_path, "t")
+    assert calls == list(works)
+    for kept_rows in (kept.read([tmp_path / "t.json"], table, "small"),
+                      kept.earlier(tmp_path / "t.json", table, "small")):  # fmt: skip
+        assert set(kept_rows) == {row.name for row in rows}
+        for how in ({"known": kept_rows}, {"earlier": kept_rows, "rows": "rho"}):
+            frame = tables.run(table, "small", tmp_path / "other", **how).frame()
+            assert list(frame["seeds"]) == [1, 2, 3, 3, 3, 3, 3, 5]
+    assert calls == list(works)
+    # Of two files the one with more seeds; half of the correlated rows is not all of them.
+    fewer = tables.run(table, "small", tmp_path, seeds=1, rows="^(x0|x1|x2|x3|all) / ")
+    render.write(fewer, tmp_path, "fewer")
+    both = kept.read([tmp_path / "fewer.json", tmp_path / "t.json"], table, "small")
+    assert all(len(x.seeds) == 3 for x in both.values())
+    some = {n: x for n, x in kept_rows.items() if n != "x4 / m"}
+    assert tables.run(table, "small", tmp_path, known=some).lines[-1].summary.n == 5
+
+
+def test_another_model_is_another_config_and_other_places_of_data_are_not() -> None:
+    a, b = ("c.py:model=/models/a", "c.py:model=/models/b")
+    assert tables.work.told(a) != tables.work.told(b)
+    at = [tables.work.told(f"{d}/c.py:task=a,data_dir={d},folder={d}x") for d in ("/x", "y")]
+    assert at[0] == at[1] == ["c.py", "task=a"]
+
+
 def test_a_kept_row_of_other_settings_is_measured_anew(tmp_path: Path, caplog: Any) -> None:
     def table(folder: str, rate: float) -> tables.Table:
         trained = tables.Trained(f"/{folder}/c.py:task=a,data_dir=/{folder}", grid=[{"rate": rate}])
@@ -406,6 +456,9 @@ def test_mistakes_in_a_table() -> None:
     row = tables.Row("a", "m", tables.NotRun("x"))
     with pytest.raises(UserError, match="two rows"):
         tables.Table("t", (row, row))
+    same = tables.Computed(lambda folder, seed: {"value": 1.0}, name="latency")
+    with pytest.raises(UserError, match="'LoRA' and 'LoRA.' of 't' would share the file"):
+        tables.Table("t", (tables.Row("LoRA", "m", same), tables.Row("LoRA+", "m", same)))
     with pytest.raises(UserError, match="claim names 'b'"):
         tables.Table("t", (row,), claims=(tables.Claim("a", "b", "m"),))
 
