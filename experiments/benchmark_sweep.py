@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -254,8 +255,8 @@ def main() -> None:
     for what, ratio in ratios.items():
         print(f"{what}: {ratio:.3f}")
     result = {
-        "members": options.members, "steps": options.steps, "batch": options.batch,
-        "arms": found, "ratios": ratios, "command": " ".join(sys.argv),
+        "members": math.prod(map(len, _grid(options))), "steps": options.steps,
+        "batch": options.batch, "arms": found, "ratios": ratios, "command": " ".join(sys.argv),
         "versions": bench.versions("jax", "torch", "transformers", "peft"),
     }  # fmt: skip
     if options.out:

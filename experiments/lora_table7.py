@@ -5,8 +5,8 @@
 The paper looks at query and value of GPT-3, whose weights are not public. `small`: SmolLM2-135M
 (extra `quickstart`) learns to pronounce for 40 steps, at ranks 4, 8 and 64, with a second seed of
 the last. Cells are of the middle layer, as the paper's. The figures, of four layers from the first
-to the last and of seed 0, are PNGs in the workdir's `figures`. `smoke`: a step of a row, and the
-middle layer alone.
+to the last and of seed 0, are PNGs in `SCALE/figures` of the workdir. `smoke`: a step of a row, and
+the middle layer alone.
 """
 
 import functools

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -29,10 +29,15 @@ def compare(one: Iterable[Update], other: Iterable[Update]) -> pd.DataFrame:
     Raises:
       UserError: they have no matrix of equal name and size in common.
     """
-    return frame_of([_row(mine, theirs) for mine, theirs in pairs(one, other)])
+    return of_pairs(pairs(one, other))
 
 
-def pairs(one: Iterable[Update], other: Iterable[Update]) -> Iterator[tuple[Update, Update]]:
+def of_pairs(both: Iterable[tuple[Update, Update]]) -> pd.DataFrame:
+    """`compare` of what `pairs` found, taken one after the other."""
+    return frame_of([_row(mine, theirs) for mine, theirs in both])
+
+
+def pairs(one: Iterable[Update], other: Iterable[Update]) -> list[tuple[Update, Update]]:
     """The updates of the same matrix, in the order of the first."""
     one, by_path = list(one), {x.path: x for x in other}
     both = [(x, by_path[x.path]) for x in one if x.path in by_path]
@@ -50,7 +55,7 @@ def pairs(one: Iterable[Update], other: Iterable[Update]) -> Iterator[tuple[Upda
             f"no matrix in common: one changes {mine}, …, the other {theirs}, …. Names agree where "
             "both are read on the same base (--base), or both without one"
         )
-    yield from both
+    return both
 
 
 def similarity(

@@ -20,13 +20,14 @@ def adapter(
     *,
     dense: bool = False,
     modules: str | None = None,
+    layouts: Sequence[tuple[str, str]] = (),
     **options: Any,
 ) -> pd.DataFrame:
     """`matrices` of what is in memory: of any method and its trainable tree, on its base.
 
-    `dense` and `modules` are of `updates`, the other options of `matrices`.
+    `dense`, `modules` and `layouts` are of `updates`, the other options of `matrices`.
     """
-    found = updates(method, trainable, params, dense=dense, modules=modules)
+    found = updates(method, trainable, params, dense=dense, modules=modules, layouts=layouts)
     return matrices(found, **options)
 
 
@@ -51,7 +52,8 @@ def matrices(
       norm_w ‖W‖_F.
       w_along_delta ‖Uᵀ·W·V‖_F; w_along_w, the same with W's own first n; w_along_random, the root
         mean square over random ones.
-      amplification ‖ΔW‖_F / w_along_delta. NaN where ΔW is 0.
+      amplification: the norm of ΔW's first n singular values / w_along_delta; without a limit on
+        n, ‖ΔW‖_F / w_along_delta (section 7.3). NaN where ΔW is 0.
       similarity_to_w: φ(n, n) of ΔW's and W's first n directions on the side of inputs, beside
         similarity_to_random.
       intruders: of the first k directions of W + ΔW, those whose cosines with all of W's are
@@ -150,9 +152,10 @@ def _weight_row(
     if n:
         u, vt = delta.u[:, :n], delta.vt[:n]
         along = float(analysis.projected_norm(w, u, vt))
+        norm = analysis.norm(delta.s[:n])  # of what `along` is along
         row |= {
             "w_along_delta": along,
-            "amplification": float(analysis.amplification(analysis.norm(delta.s), along)),
+            "amplification": float(analysis.amplification(norm, along)),
             "similarity_to_w": float(analysis.similarity(of_w.u, u, n, n)),
             "similarity_to_random": analysis.random_similarity(update.shape[0], n, n),
         }

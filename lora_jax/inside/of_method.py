@@ -17,6 +17,8 @@ import numpy as np
 from lora_jax import partition
 from lora_jax.errors import UserError
 from lora_jax.inside.update import Update, live_columns, placed
+from lora_jax.methods import LoRA
+from lora_jax.tensors.adapt import adapt
 from lora_jax.tensors.base import densify, is_weight
 from lora_jax.tensors.low_rank import LowRank
 from lora_jax.tensors.updates import factors_of, low_rank_parts
@@ -33,6 +35,7 @@ def updates(
     *,
     dense: bool = False,
     modules: str | None = None,
+    layouts: Sequence[tuple[str, str]] = (),
 ) -> list[Update]:
     """The updates of every matrix that the method changed, in the order of the parameters.
 
@@ -45,13 +48,19 @@ def updates(
       params: the base's parameters, with no leaf taken out.
       dense: also take updates that are not low-rank (DoRA, LoKr, IA3, ReLoRA, leaves trained
         whole), as the difference of two matrices: decompositions as large as the weights.
-      modules: a regex of the modules to take, searched in `layers/3/attention/query`.
+      modules: a regex of the modules to take, searched in `layers/3/attention/query`; of others
+        no difference is taken.
+      layouts: rules of axis letters as of `LoRA`, first match first, for such differences. Where
+        none matches, a leaf that the method adapts has the method's own layout, and any other
+        its layers in front where there is a stack, its outputs last, and inputs between.
 
     Raises:
-      UserError: nothing low-rank in it, and no `dense`; no matrix changed; a hole in `params`.
+      UserError: nothing low-rank in it, and no `dense`; no matrix changed; a hole in `params`; a
+        leaf of another shape than the base's; a layout that does not fit or matches nothing.
     """
-    base = _float32(params) if dense else params
-    old, changed = _changed(method, trainable, base)
+    old, changed = _changed(method, trainable, params, _float32(params) if dense else params)
+    every = [e for p in old for e in partition.expand(p)]
+    partition.Rules.of(layouts).check(every, "layouts")
     low = {p: parts for p, x in changed.items() if (parts := low_rank_parts(x, old[p]))}
     other = [p for p in changed if p not in low]
     odd = [p for p in other if is_weight(changed[p])] or ([] if low else other)
@@ -65,31 +74,53 @@ def updates(
     weights, differences = _on_host(old, changed)
     found: list[Update] = []
     for path in changed if dense else low:
-        axes = _axes_of(low[path][0]) if path in low else _usual_axes(path, old[path])
+        if path in low:
+            axes = _axes_of(low[path][0])
+        else:
+            own = getattr(method, "layouts", ()) if is_weight(changed[path]) else ()
+            axes = _axes_told(path, old[path], (*layouts, *own))
         shape = tuple(old[path].shape)
         of_w = _Matrices(functools.partial(weights, path), axes, shape)
         of_delta = _Matrices(functools.partial(differences, path), axes, shape)
         factors = _factors(low[path]) if path in low else [None] * of_w.count
         for at, (name, ab) in enumerate(zip(of_w.names(path), factors, strict=True)):
-            delta = None if path in low else functools.partial(of_delta.get, at)
-            if ab is None and (delta is None or not np.any(delta())):
+            if path in low and ab is None:
                 continue  # a layer that is not adapted
+            delta = None if path in low else functools.partial(of_delta.get, at)
             weight = functools.partial(of_w.get, at)
             found.append(Update(name, None, "", of_w.matrix_shape, ab, delta, weight))
-    if not found:
-        raise UserError(f"{method.name!r} changed no matrix of the model: there is nothing to see")
-    return placed(found, modules)
+    chosen = placed(found, modules) if found else []
+    chosen = [x for x in chosen if x.difference is None or np.any(x.difference())]
+    if not chosen:
+        which = "" if modules is None else f" that modules={modules!r} matches"
+        raise UserError(
+            f"{method.name!r} changed no matrix of the model{which}: there is nothing to see"
+        )
+    return chosen
 
 
 def _changed(
-    method: Any, trainable: Mapping[str, Any], params: Any
+    method: Any, trainable: Mapping[str, Any], params: Any, base: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(leaves of the base, leaves of the adapted model that are other ones and hold matrices)."""
-    old = partition.flatten(params)
+    """(leaves of the base, leaves of the adapted model that are other ones and hold matrices).
+
+    Args:
+      params: what the method was trained on.
+      base: the same, in the precision to see it in.
+    """
+    old = partition.flatten(base)
     for path, leaf in old.items():
         if isinstance(leaf, partition.Hole):
             raise UserError(f"the base lacks {path!r}: give the parameters as they were loaded")
-    new = partition.flatten(method.combine(params, dict(trainable))["params"])
+    # A start or norms of W are those of training: of the base as it was rounded there.
+    numbers = method.numbers(params)
+    new = partition.flatten(method.combine(base, dict(trainable), numbers=numbers)["params"])
+    for path, leaf in new.items():
+        if tuple(leaf.shape) != tuple(old[path].shape):
+            raise UserError(
+                f"{path!r} is {list(leaf.shape)} as trained and {list(old[path].shape)} in the "
+                "base: give the base that it was trained from, resized alike"
+            )
     return old, {p: x for p, x in new.items() if x is not old[p] and _is_matrix(p, x)}
 
 
@@ -149,17 +180,19 @@ class _Matrices:
 
 
 def _float32(params: Any) -> Any:
-    """Differences are of numbers that were not rounded once more on the way."""
+    """Differences are of numbers that were not rounded once more on the way.
+
+    A quantised leaf keeps its codes and stands for float32.
+    """
+    cast = adapt(lambda x: x.astype(jnp.float32))
 
     def widen(x: Any) -> Any:
-        if is_weight(x) or not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype == jnp.float32:
+        if isinstance(x, partition.Hole) or not jnp.issubdtype(x.dtype, jnp.floating):
             return x
-        return jnp.asarray(x, jnp.float32)
+        return x if x.dtype == jnp.float32 else cast(x)
 
     flat = partition.flatten(params)
-    return partition.unflatten_like(
-        params, {p: x if isinstance(x, partition.Hole) else widen(x) for p, x in flat.items()}
-    )
+    return partition.unflatten_like(params, {p: widen(x) for p, x in flat.items()})
 
 
 def _is_matrix(path: str, leaf: Any) -> bool:
@@ -170,10 +203,18 @@ def _axes_of(leaf: LowRank) -> Axes:
     return leaf.batch_axes, leaf.in_axes, leaf.out_axes
 
 
-def _usual_axes(path: str, leaf: Any) -> Axes:
-    """Layers in front where there is a stack, outputs last, inputs between."""
+def _axes_told(path: str, leaf: Any, layouts: tuple[tuple[str, str], ...]) -> Axes:
+    """As the first rule says that matches; else layers, inputs, and the last axis for outputs."""
     stacked, n = int(partition.stack_of(path) is not None), len(leaf.shape)
-    return tuple(range(stacked)), tuple(range(stacked, n - 1)), (n - 1,)
+    if partition.Rules.of(layouts).get(partition.expand(path)[0]) is None:
+        return tuple(range(stacked)), tuple(range(stacked, n - 1)), (n - 1,)
+    layout = LoRA(layouts=layouts).layout(path, leaf)
+    if stacked and not layout.letters.startswith("b"):
+        raise UserError(
+            f"layouts: {path!r} is a stack of layers, so its letters begin with b; got "
+            f"{layout.letters!r}"
+        )
+    return layout.axes("b"), layout.axes("i"), layout.axes("o")
 
 
 def _factors(parts: Sequence[LowRank]) -> list[tuple[np.ndarray, np.ndarray] | None]:

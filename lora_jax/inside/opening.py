@@ -18,11 +18,13 @@ from lora_jax.methods import FullFineTuning
 from lora_jax.methods.peft import PREFIX, lora_read, targets
 from lora_jax.pretrained import hub, own_form, staging
 from lora_jax.pretrained.folder import read_json
-from lora_jax.pretrained.peft import CONFIG, TENSORS, read_files
+from lora_jax.pretrained.peft import CONFIG, TENSORS, arranged, read_files
 
 _log = logging.getLogger(__name__)
 _FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
+# The kernel that gives each label its score, in PEFT's names and in ours.
 _HEAD = re.compile(r"(^|\.)(score|classifier(\.out_proj)?)(\.modules_to_save)?\.weight$")
+_OWN_HEAD = ("head/kernel", "head/out/kernel")
 
 
 def open_updates(
@@ -55,6 +57,7 @@ def open_updates(
     if base is None:
         return _of_file(folder, modules)
     model, params = pretrained.load_pretrained(base, **_model_options(folder))
+    params = arranged(folder, model, params)
     method, trainable = pretrained.load_adapter(folder, model, params)
     return updates(method, trainable, params, dense=dense, modules=modules)
 
@@ -115,7 +118,7 @@ def _model_options(folder: Path) -> dict[str, Any]:
         return {}
     files, _ = staging.read_whole(folder, read_files)
     for name, x in files.tensors.items():
-        if name.startswith("head/") and name.endswith("kernel"):
+        if name in _OWN_HEAD:
             return {"head": "classification", "num_labels": x.shape[-1]}
         if _HEAD.search(name.removeprefix(PREFIX)):
             return {"head": "classification", "num_labels": x.shape[0]}

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
@@ -15,6 +15,7 @@ from lora_jax.inside import comparing, frames, opening, plots
 from lora_jax.inside.update import SIDES, Side, Update
 from lora_jax.progress import drawable
 
+T = TypeVar("T")
 _SHOWN = (
     "layer", "module", "rank", "norm", "stable_rank", "effective_rank", "entropy_rank", "rank_90",
     "amplification", "similarity_to_w", "similarity_to_random", "intruders",
@@ -59,8 +60,9 @@ def analyze(
 ) -> dict[str, pd.DataFrame]:
     """Prints the tables and returns them by name; with `out`, writes each as CSV, and the plots.
 
-    Names: matrices, spectra; with a base and room for it, similarity_to_base; with `against`,
-    against (`compare`), against_spectra and similarity.
+    Names: matrices, spectra; with `against`, against (`compare`). With `out` also what only its
+    plots need: similarity_to_base (of the layers shown there), where the base is at hand and
+    `weights` is set; against_spectra and similarity, with `against`.
 
     Raises:
       UserError: see `open_updates` and `compare`; `out` is a file.
@@ -86,7 +88,8 @@ def analyze(
         theirs = [
             dataclasses.replace(x, weight=None) for x in _open(options.against, base, options)
         ]
-        tables["against"] = comparing.compare(_shown(mine, "comparison", options), theirs)
+        both = comparing.pairs(mine, theirs)
+        tables["against"] = comparing.of_pairs(_shown(both, "comparison", options))
         common = len(tables["against"])
         print(
             f"\nagainst {options.against} ({len(theirs)} matrices, {common} of them in common): "
@@ -157,7 +160,7 @@ def _sizes(found: Iterable[Update], side: Side) -> dict[str, int]:
     return {x.module: x.shape[0 if side in ("a", "in") else 1] for x in found}
 
 
-def _shown(found: list[Update], what: str, options: Options) -> Iterable[Update]:
+def _shown(found: list[T], what: str, options: Options) -> Iterable[T]:
     if len(found) < 8 or not drawable(options.progress):
         return found
     from rich.progress import track

@@ -43,15 +43,21 @@ class Update:
         return self.factors[0].shape[1] if self.factors else min(self.shape)
 
     def svd(self) -> analysis.SVD:
-        """Of ΔW; through its factors, in float64, where it has them."""
+        """Of ΔW; through its factors, in float64, where it has them.
+
+        Raises UserError where ΔW holds NaN or infinity, as do the other methods.
+        """
         if self.factors is not None:
-            return analysis.factored_svd(*self._wide())
+            a, b = self._wide()
+            found = analysis.factored_svd(a, b)
+            return found._replace(s=_above_rounding(found.s, a, b))
         return analysis.svd(self._difference())
 
     def singular_values(self) -> np.ndarray:
         """[k], falling."""
         if self.factors is not None:
-            return analysis.singular_values(*self._wide())
+            a, b = self._wide()
+            return _above_rounding(analysis.singular_values(a, b), a, b)
         return np.linalg.svd(self._difference(), compute_uv=False)
 
     def directions(self, side: Side, svd: analysis.SVD | None = None) -> np.ndarray:
@@ -90,11 +96,31 @@ class Update:
 
     def _wide(self) -> tuple[np.ndarray, np.ndarray]:
         assert self.factors is not None
-        return self.factors[0].astype(np.float64), self.factors[1].astype(np.float64)
+        a, b = self.factors
+        self._check_finite(a, b)
+        return a.astype(np.float64), b.astype(np.float64)
 
     def _difference(self) -> np.ndarray:
         assert self.difference is not None
-        return self.difference()
+        delta = self.difference()
+        self._check_finite(delta)
+        return delta
+
+    def _check_finite(self, *arrays: np.ndarray) -> None:
+        if not all(np.isfinite(x).all() for x in arrays):
+            raise UserError(
+                f"the update of {self.path!r} holds NaN or infinity: its training diverged, or the "
+                "file is damaged. Analyse another adapter, or only modules (a regex) without it"
+            )
+
+
+def _above_rounding(s: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """s of A·B, and exactly 0 where it is no more than what rounding leaves of such factors.
+
+    A start taken off again, [A, A0]·[B; −B0], is 0 and would else have a rank of noise.
+    """
+    largest = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return np.where(s > max(*a.shape, *b.shape) * np.finfo(s.dtype).eps * largest, s, 0.0)
 
 
 def placed(found: Sequence[Update], modules: str | None) -> list[Update]:

@@ -62,13 +62,31 @@ def read(
             f"{where}: {wide[0]!r} is stored as {tensors[wide[0]].dtype}; enable jax_enable_x64"
         )
     try:
-        trainable = _decode(json.loads(tree or ""), tensors)
-        if not isinstance(trainable, dict):
-            raise TypeError
+        trainable = _decode(_parsed(tree), tensors)
     except (ValueError, KeyError, TypeError, IndexError):
         raise UserError(f"{where}: the header's {KEY} is damaged") from None
     _check_fits(trainable, params, where)
     return trainable
+
+
+def edges(tree: str | None, where: str) -> dict[str, list[int]]:
+    """Where the tree's stacks begin and end, by their name; UserError where it is damaged."""
+    try:
+        paths = list(_parsed(tree))
+    except (ValueError, TypeError):
+        raise UserError(f"{where}: the header's {KEY} is damaged") from None
+    found: dict[str, list[int]] = {}
+    for path in paths:
+        if (span := partition.stack_of(path)) is not None:
+            found.setdefault(partition.stack_name(path), []).extend(span)
+    return found
+
+
+def _parsed(tree: str | None) -> dict[str, Any]:
+    content = json.loads(tree or "")
+    if not isinstance(content, dict):
+        raise TypeError
+    return content
 
 
 def _decode(node: Any, tensors: Mapping[str, np.ndarray]) -> Any:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +18,7 @@ from safetensors import SafetensorError, safe_open
 from lora_jax import partition
 from lora_jax.errors import UserError
 from lora_jax.methods import METHODS, Method
-from lora_jax.methods.peft import AdapterFiles, NoPeftForm
-from lora_jax.methods.peft.fused import part_name
+from lora_jax.methods.peft import PREFIX, AdapterFiles, NoPeftForm, fused
 from lora_jax.methods.peft.targets import CLASSIFIERS
 from lora_jax.models import FAMILIES, TensorSpec
 from lora_jax.pretrained import hub, method_json, own_form, provenance
@@ -136,7 +137,7 @@ def _part(spec: TensorSpec) -> TensorSpec:
     # Parts lie along our last axis, which is Hugging Face's first where we transpose.
     theirs = spec.our_shape[::-1] if spec.op == "transpose" else spec.our_shape
     return dataclasses.replace(
-        spec, name=f"{part_name(module, spec.part[0])}.{last}", shape=theirs, part=None
+        spec, name=f"{fused.part_name(module, spec.part[0])}.{last}", shape=theirs, part=None
     )
 
 
@@ -178,16 +179,12 @@ def load_adapter(
     Raises:
       UserError: another base, an option that is not implemented, or tensors that do not fit.
     """
-    folder = Path(path) if is_there(Path(path)) else hub.resolve(path)
-    files, metadata = read_whole(folder, read_files)
+    folder, files, metadata = _read(path)
     if provenance.KEY in metadata and not force:
         here = base_sha256 or provenance.model_sha256(model)
         provenance.check(folder, metadata, here)
-    ours = files.config.get("peft_type") == own_form.PEFT_TYPE
-    method = None
-    if _METHOD in metadata and (ours or metadata.get(_CONFIG_SHA256) == _digest(files.config)):
-        method = method_json.from_json(metadata[_METHOD], files.where)
-    if ours:
+    method = _saved_method(files, metadata)
+    if _is_ours(files):
         if method is None:
             raise UserError(f"{files.where}: the header of {TENSORS} lacks {_METHOD}")
         tree = metadata.get(own_form.KEY)
@@ -196,6 +193,64 @@ def load_adapter(
         files, method = _without_head(files), None
     reader = _reader(files) if method is None else type(method)
     return reader.from_peft(files, _names(model), params, method)
+
+
+def arranged(path: str | os.PathLike[str], model: Any, params: Any) -> Any:
+    """`params` with their layers cut as the adapter in `path` needs them, for `load_adapter`.
+
+    As its method arranges a base (`Method.arrange`), where the stacks of a saved tree begin and
+    end, and around layers of which a module was trained whole.
+
+    Args:
+      path, model, params: see `load_adapter`.
+
+    Raises:
+      UserError: no adapter there, a damaged one, or layers too few for its method.
+    """
+    _, files, metadata = _read(path)
+    method = _saved_method(files, metadata)
+    params = params if method is None else method.arrange(params)
+    if _is_ours(files):
+        cuts = own_form.edges(metadata.get(own_form.KEY), files.where)
+    else:
+        cuts = _edges_of_whole(files, _names(model), params)
+    return partition.split_stacks(params, cuts)
+
+
+def _edges_of_whole(files: AdapterFiles, names: Names, params: Any) -> dict[str, list[int]]:
+    """By the name of a stack: between which layers the modules that PEFT saved whole change."""
+    tensors = (
+        re.sub(r"\.(modules_to_save|base_layer)\.", ".", name.removeprefix(PREFIX))
+        for name in fused.split(files.tensors, names)
+        if not name.endswith(".base_layer.weight")  # a copy of a frozen one
+    )
+    whole = {names.ours[name] for name in tensors if name in names.ours}
+    found: dict[str, list[int]] = {}
+    for path in partition.flatten(params):
+        if (span := partition.stack_of(path)) is not None:
+            held = [layer in whole for layer in partition.expand(path)]
+            changes = (i for i, (a, b) in enumerate(itertools.pairwise(held), 1) if a != b)
+            found.setdefault(partition.stack_name(path), []).extend(span[0] + i for i in changes)
+    return found
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[Path, AdapterFiles, dict[str, str]]:
+    """(folder, files, the header's metadata) of a folder, or of a name on the hub."""
+    folder = Path(path) if is_there(Path(path)) else hub.resolve(path)
+    return folder, *read_whole(folder, read_files)
+
+
+def _is_ours(files: AdapterFiles) -> bool:
+    return files.config.get("peft_type") == own_form.PEFT_TYPE
+
+
+def _saved_method(files: AdapterFiles, metadata: Mapping[str, str]) -> Method | None:
+    """The method that was saved; None in PEFT's own files, and where its config was edited."""
+    if _METHOD not in metadata:
+        return None
+    if not _is_ours(files) and metadata.get(_CONFIG_SHA256) != _digest(files.config):
+        return None
+    return method_json.from_json(metadata[_METHOD], files.where)
 
 
 def _without_head(files: AdapterFiles) -> AdapterFiles:

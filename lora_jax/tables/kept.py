@@ -17,11 +17,11 @@ from lora_jax.tables.table import Filled, Table
 from lora_jax.tables.work import Measured, Work, plain
 
 log = logging.getLogger(__name__)
-_FIELDS = ("trainable_params", "seconds", "chosen", "notes")
+_FIELDS = ("trainable_params", "seconds", "chosen", "reason", "notes")
 
 
 def text(filled: Filled) -> str:
-    """JSON of the rows that have a number."""
+    """JSON of the rows whose runs gave something."""
     places = list(dict.fromkeys(line.measured.where for line in filled.lines))
     rows = {
         line.row.name: {
@@ -29,7 +29,7 @@ def text(filled: Filled) -> str:
             **_kept(line.measured, places.index(line.measured.where)),
         }
         for line in filled.lines
-        if line.measured.values or line.measured.summary
+        if line.measured.found
     }
     content = {"title": filled.table.title, "scale": filled.scale, "rows": rows}
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
@@ -110,6 +110,7 @@ def _kept(measured: Measured, runs: int) -> dict[str, Any]:
     return {
         "values": {str(seed): _or_null(x) for seed, x in measured.values.items()},
         "summary": summary and {k: _or_null(x) for k, x in summary.items()},
+        "beyond": measured.beyond and list(map(_or_null, measured.beyond)),
         **{name: getattr(measured, name) for name in _FIELDS},
         "seeds": measured.seeds,
         "runs": runs,
@@ -119,13 +120,15 @@ def _kept(measured: Measured, runs: int) -> dict[str, Any]:
 def _measured(row: Mapping[str, Any], where: str) -> Measured:
     summary = row["summary"]
     values = {int(seed): _or_nan(x) for seed, x in row["values"].items()}
+    size, end = row.get("beyond") or (None, None)
     return Measured(
         values,
         summary=summary and _summary(summary),
+        beyond=None if size is None else (size, _or_nan(end)),
         # An older version's file does not say.
         seeds=tuple(row.get("seeds", values or range(summary["n"] if summary else 0))),
         known_from=where,
-        **{name: row[name] for name in _FIELDS if name != "notes"},
+        **{name: row[name] for name in _FIELDS if name in row and name != "notes"},
         notes=tuple(row["notes"]),
     )
 

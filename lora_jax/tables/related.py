@@ -14,7 +14,6 @@ import pandas as pd
 from lora_jax import statistics
 from lora_jax.errors import UserError
 from lora_jax.statistics import Summary
-from lora_jax.sweeps import smallest
 from lora_jax.tables.table import Filled, Line, Row
 from lora_jax.tables.work import Measured
 
@@ -79,10 +78,7 @@ def number(measured: Measured) -> float | None:
         return measured.summary.value
     if measured.values:
         return float(np.mean(list(measured.values.values())))
-    if measured.place.endswith(smallest.FILE) and Path(measured.place).exists():
-        status = smallest.load(Path(measured.place)).threshold.status
-        return math.inf if status == "not reached" else 0.0
-    return None
+    return measured.beyond and measured.beyond[1]
 
 
 def scatter(filled: Filled, path: Path, *, multiples: Sequence[float] = ()) -> Sequence[Path]:
@@ -132,10 +128,8 @@ def _point(
     at, height = number(x.measured), number(y.measured)
     if at is None or height is None:
         return
-    if y.summary is None:  # beyond what was run
-        found = smallest.load(Path(y.measured.place))
-        sizes = [run.size for run in found.runs]
-        edge, mark = (max(sizes), "^") if height else (min(sizes), "v")
+    if y.measured.beyond:
+        edge, mark = y.measured.beyond[0], "^" if height else "v"
         axes.plot(at, edge, mark, color=colour, label=one.row)
         return
     errors = [_error(line.summary) for line in (x, y)]

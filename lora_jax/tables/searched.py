@@ -112,6 +112,7 @@ class Searched:
         return Measured(
             {}, _parameters(found), spent, chosen, _reason(found.threshold, self.ladder),
             place=str(file), summary=_summary(found.threshold, len(seeds)),
+            beyond=_beyond(found.threshold, self.ladder),
             notes=(
                 _note(found, self.head_only is not None, experiment.training),
                 _outside(experiment.method),
@@ -172,12 +173,18 @@ def _summary(t: Threshold, seeds: int) -> Summary | None:
     return Summary(t.size, low, high, math.nan, seeds)
 
 
-def _reason(t: Threshold, ladder: Ladder) -> str:
+def _beyond(t: Threshold, ladder: Ladder) -> tuple[float, float] | None:
+    """See `Measured`."""
     if t.status == "reached":
+        return None
+    return (ladder.high, math.inf) if t.status == "not reached" else (ladder.low, 0.0)
+
+
+def _reason(t: Threshold, ladder: Ladder) -> str:
+    if (beyond := _beyond(t, ladder)) is None:
         return ""
-    at = "the largest" if t.status == "not reached" else "the smallest"
-    size = ladder.high if t.status == "not reached" else ladder.low
-    return f"{t.status}: {at} size run is {size}, the target {t.target:.4g}"
+    at = "the largest" if beyond[1] else "the smallest"
+    return f"{t.status}: {at} size run is {beyond[0]}, the target {t.target:.4g}"
 
 
 def _note(found: Found, gain: bool, training: Any) -> str:

@@ -239,7 +239,7 @@ def run(
         if row.name not in final and wanted.search(row.name):
             work = row.work
             if isinstance(work, Following):
-                has = {n: x.measured for n, x in lines.items() if x.summary is not None}
+                has = {n: x.measured for n, x in lines.items() if x.measured.found}
                 work = work.given(has)
             measured = _measure(row.name, work, workdir / scale / row.folder, numbers, progress)
             lines[row.name] = _line(table, row, measured)

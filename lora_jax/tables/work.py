@@ -43,6 +43,7 @@ class Measured:
       failed: whether it was to be there, and the same command may give it another time.
       summary: where the runs of all seeds give one number with an interval of its own, that; the
         values are then empty. None: the table summarises the values.
+      beyond: of a threshold that lies beyond the sizes run: the last of them, and 0 or infinity.
       notes: what the runs showed besides, for the footnotes.
     """
 
@@ -54,6 +55,7 @@ class Measured:
     failed: bool = False
     place: str = ""
     summary: Summary | None = None
+    beyond: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
     known_from: str = ""
     seeds: tuple[int, ...] = ()
@@ -63,10 +65,15 @@ class Measured:
         """The same for metrics of the same runs."""
         return self.place or self.known_from
 
+    @property
+    def found(self) -> bool:
+        """Whether the runs gave something: a number, or that it lies beyond them."""
+        return bool(self.values) or self.summary is not None or self.beyond is not None
+
     def of(self, seeds: Sequence[int]) -> Measured | None:
         """Of these seeds alone; None where it was not asked for all of them."""
         alike, enough = set(seeds) == set(self.seeds), set(seeds) <= set(self.seeds)
-        if not (alike if self.summary is not None else enough):
+        if not (enough if self.values else alike):
             return None
         values = {seed: x for seed, x in self.values.items() if seed in seeds}
         return dataclasses.replace(self, values=values, seeds=tuple(seeds))
@@ -111,7 +118,7 @@ class Following(Protocol):
     """Work that reads other rows: it is made from what is there of them, each time anew."""
 
     def given(self, there: Mapping[str, Measured]) -> Work:
-        """With the rows that have a number, by name; it measures the others itself."""
+        """With the rows whose runs are there, by name; it measures the others itself."""
         ...
 
 

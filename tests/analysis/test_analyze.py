@@ -16,7 +16,7 @@ import lora_jax as lj
 from lora_jax import analysis, cli, inside, partition, pretrained, runs
 from lora_jax.errors import UserError
 from lora_jax.experiment import from_dict, to_dict
-from lora_jax.inside import opening, plots
+from lora_jax.inside import comparing, opening, plots, report
 
 HF = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 40,
@@ -215,6 +215,67 @@ def test_a_model_trained_whole(work, tmp_path, capsys):
     assert "in_all" in pd.read_csv(tmp_path / "out" / "against.csv")
 
 
+def test_a_model_of_another_vocabulary(tmp_path, work, capsys):
+    model = pretrained.build_model({**HF, "vocab_size": 41})
+    params = model.init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
+    pretrained.save_pretrained(tmp_path / "tuned", model, params)
+    assert run(tmp_path / "tuned", "--base", work / "base", "--dense") == 2
+    message = capsys.readouterr().err
+    assert "'embed/embedding' is [41, 16] as trained and [40, 16] in the base" in message
+
+
+def test_the_comparison_tracks_pairs_as_they_are_done(work, monkeypatch):
+    events, compared = [], comparing._row
+
+    def row(mine, theirs):
+        events.append("row")
+        return compared(mine, theirs)
+
+    def shown(found, what, options):
+        for x in found:
+            if what == "comparison":
+                events.append("shown")
+            yield x
+
+    monkeypatch.setattr(comparing, "_row", row)
+    monkeypatch.setattr(report, "_shown", shown)
+    assert run(work / "r2", "--against", work / "r4") == 0
+    assert events == ["shown", "row"] * 5
+
+
+def test_adapters_of_layers_that_are_cut(work, tmp_path):
+    """Opened on a base whose layers are whole: it is cut as the adapter needs it."""
+    model, params = pretrained.load_pretrained(work / "base")
+    for name, method, modules in (
+        ("ft_top", lj.METHODS["ft_top"](layers=1), "layers/1/"),
+        ("subspace", lj.METHODS["subspace"](dimension=6, targets="layers/1/.*kernel"), "layers/1/"),
+        ("lora", lj.LoRA(rank=2, targets="query", train=("layers/0/mlp/up/",)), "query|0/mlp/up"),
+    ):
+        cut = method.arrange(params)
+        if name == "lora":  # PEFT's file, with a module of one layer in modules_to_save
+            cut = partition.split_stacks(params, {"layers": [1]})
+        trainable = noise(method.init(jax.random.key(0), cut), 1)
+        pretrained.save_adapter(tmp_path / name, model, method, trainable, params=cut)
+        found = inside.open_updates(tmp_path / name, base=work / "base", dense=True)
+        assert {x.path for x in found} >= {"layers/1/attention/query"}
+        assert all(re.search(modules, x.path) for x in found)
+        after = partition.flatten(method.merge(cut, trainable))
+        before = partition.flatten(cut)
+        for x in found:
+            at = f"layers[{x.layer}:{x.layer + 1}]/{x.module}/kernel"
+            delta = np.asarray(after[at] - before[at])[0]
+            s = np.linalg.svd(delta, compute_uv=False)
+            np.testing.assert_allclose(
+                x.singular_values(), s[: len(x.singular_values())], atol=1e-5
+            )
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["model.layers.0.mlp.up_proj"]
+    # As PEFT writes it, which knows no method of ours.
+    file = tmp_path / "lora" / opening.TENSORS
+    save_file(load_file(file), file)
+    assert len(inside.open_updates(tmp_path / "lora", base=work / "base", dense=True)) == 3
+
+
 def test_what_is_refused_says_what_to_do(work, tmp_path, capsys):
     def error(*words):
         assert run(*words) == 2
@@ -326,3 +387,23 @@ def test_a_classifier_and_its_head(tmp_path, caplog):
     assert "head/kernel" in caplog.text
     with pytest.raises(UserError, match="lora_xs, in lora_jax's own form"):
         inside.open_updates(tmp_path / "lora_xs")
+
+
+def test_the_labels_of_a_head_with_a_layer_before_its_scores(tmp_path):
+    """BERT's has a dense kernel [d, d], which comes first in the file."""
+    hf = {
+        "model_type": "bert", "architectures": ["BertModel"], "vocab_size": 40, "hidden_size": 16,
+        "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    }  # fmt: skip
+    model = pretrained.build_model(hf)
+    params = model.init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
+    pretrained.save_pretrained(tmp_path / "base", model, params)
+    model, params = pretrained.load_pretrained(
+        tmp_path / "base", head="classification", num_labels=3
+    )
+    method = lj.METHODS["lora_xs"](rank=2, targets="value", train=("^head/",))
+    trainable = noise(method.init(jax.random.key(0), params), 1)
+    pretrained.save_adapter(tmp_path / "xs", model, method, trainable, params=params)
+    found = inside.open_updates(tmp_path / "xs", base=tmp_path / "base")
+    assert [x.path for x in found] == [f"layers/{i}/attention/value" for i in (0, 1)]

@@ -9,6 +9,7 @@ import pytest
 import lora_jax as lj
 from lora_jax import analysis, inside, methods, partition
 from lora_jax.errors import UserError
+from lora_jax.inside import of_method
 from lora_jax.inside.places import located
 
 L, D, H, V = 3, 6, 10, 8
@@ -152,6 +153,79 @@ def test_experts_and_kernels_of_many_axes():
     np.testing.assert_allclose((svd.u * svd.s) @ svd.vt, expected, atol=1e-6)
 
 
+def test_whole_differences_have_the_layout_of_the_method_or_the_one_told():
+    rng = np.random.default_rng(0)
+    params = {"attention": {"query": {"kernel": jnp.asarray(rng.normal(size=(6, 2, 3)), "f")}},
+              "head": {"kernel": jnp.ones((6, 4))}}  # fmt: skip
+    dora = method("dora", targets="query", train=("^head/",), layouts=((".*", "ioo"),))
+    trainable = trained(dora, params)
+    found = {x.path: x for x in inside.updates(dora, trainable, params, dense=True)}
+    assert found["head"].shape == (6, 4)  # trained whole, so none of those the rule is for
+    x = found["attention/query"]
+    after = dora.merge(params, trainable)["attention"]["query"]["kernel"]
+    delta = np.asarray(after - params["attention"]["query"]["kernel"]).reshape(6, 6)
+    np.testing.assert_allclose(x.difference(), delta, atol=1e-6)
+    s = np.linalg.svd(delta, compute_uv=False)
+    np.testing.assert_allclose(x.singular_values(), s, atol=1e-5)
+
+    experts = {"l[0:2]": {"moe": {"kernel": jnp.ones((2, 3, 4, 5))}}}
+    full = lj.FullFineTuning()
+    moved_all = trained(full, experts)
+
+    def frame(*layouts):
+        return inside.adapter(full, moved_all, experts, dense=True, layouts=layouts)
+
+    assert frame()[["d_in", "d_out"]].values.tolist() == [[12, 5]] * 2
+    told = frame(("moe", "bbio"))
+    assert told[["d_in", "d_out"]].values.tolist() == [[4, 5]] * 6
+    one = np.asarray(moved_all["l[0:2]/moe/kernel"])[1, 2] - 1
+    at = told.set_index("path").loc["l/1/moe[2]"]
+    np.testing.assert_allclose(at["norm"], np.linalg.norm(one), rtol=1e-5)
+    for rule, said in (
+        (("moe", "iiio"), "begin with b"),
+        (("moe", "bio"), "say which axes"),
+        (("mow", "bbio"), "layouts: the pattern 'mow' matches nothing"),
+    ):
+        with pytest.raises(UserError, match=said):
+            frame(rule)
+
+
+def test_no_difference_is_taken_of_modules_that_were_not_asked_for(monkeypatch):
+    params, full = toy(), methods.METHODS["full"](train=("kernel$",))
+    trainable, seen = trained(full, params), []
+    every = inside.updates(full, trainable, params, dense=True)
+
+    def densify(x):
+        seen.append(x.shape)
+        return x
+
+    monkeypatch.setattr(of_method, "densify", densify)
+    found = inside.updates(full, trainable, params, dense=True, modules="mlp/up")
+    assert set(seen) == {(L, D, H)}
+    places = [(x.path, x.layer, x.module) for x in every if "mlp/up" in x.path]
+    assert [(x.path, x.layer, x.module) for x in found] == places
+    up = f"layers[0:{L}]/mlp/up/kernel"
+    unmoved = {**trainable, up: jnp.copy(partition.flatten(params)[up])}
+    with pytest.raises(UserError, match="changed no matrix of the model that modules='mlp/up'"):
+        inside.updates(full, unmoved, params, dense=True, modules="mlp/up")
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_differences_over_a_quantised_base_are_not_rounded_to_its_dtype(kind):
+    """A gain of 1.001 is less than bfloat16 tells from 1."""
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), toy())
+    params = lj.quantize(params, ((BOTH, kind),))
+    ia3 = methods.METHODS["ia3"](targets="value$")
+    trainable = jax.tree.map(lambda x: 1.001 * x, ia3.init(jax.random.key(0), params))
+    found = inside.updates(ia3, trainable, params, dense=True)
+    assert len(found) == L
+    for x in found:
+        np.testing.assert_allclose(x.difference(), 0.001 * x.weight(), rtol=1e-2, atol=1e-6)
+    dora = method("dora", targets=BOTH)  # its norms are those of the base that it was trained on
+    with pytest.raises(UserError, match="changed no matrix"):
+        inside.updates(dora, dora.init(jax.random.key(0), params), params, dense=True)
+
+
 def test_what_cannot_be_seen_says_so(caplog):
     params = toy()
     lora = method("lora", train=("^head/",))
@@ -204,6 +278,69 @@ def test_an_untrained_adapter_has_an_update_of_zero():
     zero = ["norm", "stable_rank", "effective_rank", "entropy_rank", "rank_90", "intruders"]
     assert (frame[zero] == 0).all().all()
     assert frame[["amplification", "w_along_delta", "similarity_to_w"]].isna().all().all()
+
+
+@pytest.mark.parametrize("name", ["pissa", "olora"])
+def test_a_start_taken_off_again_is_zero(name):
+    params, chosen = toy(), method(name)
+    start = chosen.init(jax.random.key(0), params)
+    found = inside.updates(chosen, start, params)
+    assert not any(x.singular_values().any() or x.svd().s.any() for x in found)
+    frame = inside.matrices(found)
+    zero = ["norm", "stable_rank", "effective_rank", "entropy_rank", "rank_90", "directions"]
+    assert (frame[zero] == 0).all().all() and frame["amplification"].isna().all()
+    # A change of the start that float32 only just holds is one.
+    path = f"layers[0:{L}]/attention/query/kernel"
+    a = np.array(start[path]["a"])
+    a[:, 0, 0] = np.nextafter(a[:, 0, 0], np.inf)
+    changed = inside.updates(chosen, {**start, path: {**start[path], "a": jnp.asarray(a)}}, params)
+    assert [x.singular_values()[0] > 0 for x in changed if "query" in x.path] == [True] * L
+
+
+def test_a_small_update_is_not_zero():
+    params, lora = toy(), method("lora")
+    start = lora.init(jax.random.key(0), params)
+    rng = np.random.default_rng(0)
+    small = {
+        path: {**ab, "b": jnp.asarray(1e-6 * rng.normal(size=ab["b"].shape), "f")}
+        for path, ab in start.items()
+    }
+    for x in inside.updates(lora, small, params):
+        s = np.linalg.svd(x.factors[0].astype(float) @ x.factors[1], compute_uv=False)
+        np.testing.assert_allclose(x.singular_values(), s[:2], rtol=1e-6)
+        assert x.singular_values()[1] > 0
+
+
+def test_a_limit_of_directions_cuts_both_sides_of_the_amplification():
+    params, full = toy(), methods.METHODS["full"](train=("query/kernel$",))
+    found = inside.updates(full, trained(full, params), params, dense=True)
+    frame = inside.matrices(found, directions=2)
+    for x, row in zip(found, frame.itertuples(), strict=True):
+        s = x.singular_values()
+        np.testing.assert_allclose(
+            row.amplification, np.linalg.norm(s[:2]) / row.w_along_delta, rtol=1e-5
+        )
+        np.testing.assert_allclose(row.norm, np.linalg.norm(s), rtol=1e-5)
+    every = inside.matrices(found)
+    expected = every["norm"] / every["w_along_delta"]
+    np.testing.assert_allclose(every["amplification"], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_update_that_is_not_finite_is_named(bad):
+    params, lora = toy(), method("lora")
+    path = f"layers[0:{L}]/mlp/up/kernel"
+    trainable = trained(lora, params)
+    trainable[path]["b"] = trainable[path]["b"].at[1, 0, 0].set(bad)
+    found = inside.updates(lora, trainable, params)
+    for look in (inside.matrices, inside.spectra, lambda x: inside.compare(x, x)):
+        with pytest.raises(UserError, match="'layers/1/mlp/up' holds NaN or infinity"):
+            look(found)
+    assert len(inside.matrices(inside.updates(lora, trainable, params, modules="query"))) == L
+    full = methods.METHODS["full"](train=("mlp/up/kernel$",))
+    whole = {path: params[f"layers[0:{L}]"]["mlp"]["up"]["kernel"].at[2, 0, 0].set(bad)}
+    with pytest.raises(UserError, match="'layers/2/mlp/up' holds NaN or infinity"):
+        inside.adapter(full, whole, params, dense=True)
 
 
 def test_a_planted_intruder_stands_in_its_row():

@@ -12,8 +12,8 @@ import pytest
 from lora_jax import tables
 from lora_jax.errors import UserError
 from lora_jax.statistics import rank_correlation
-from lora_jax.sweeps.smallest import FILE, Found
 from lora_jax.sweeps.threshold import Run, Target, threshold
+from lora_jax.tables import kept, render
 from lora_jax.tables.related import Correlated, scatter
 from lora_jax.tables.work import Measured
 
@@ -69,13 +69,11 @@ class Searching:
         self.runs = [Run(size, 0, x) for size, x in zip((1, 8), metrics, strict=True)]
 
     def measure(self, folder: Path, seeds: Sequence[int], progress: bool) -> Measured:
-        target = Target((1.0,))
-        found = threshold(self.runs, target)
-        path = folder / FILE
-        Found("r90", "rank", target, tuple(self.runs), found, {1.0: 1, 8.0: 8}, 0.0).save(path)
+        found = threshold(self.runs, Target((1.0,)))
         if found.size is None:
-            return Measured({}, reason=found.status, place=str(path))
-        return Measured({0: found.size}, place=str(path))
+            beyond = (8.0, math.inf) if found.status == "not reached" else (1.0, 0.0)
+            return Measured({}, reason=found.status, beyond=beyond)
+        return Measured({0: found.size})
 
 
 def filled(
@@ -102,6 +100,13 @@ def test_thresholds_beyond_what_was_run_count_as_ends(tmp_path: Path) -> None:
     assert "undecided" in last.measured.notes[0] and "2 of the thresholds" in last.measured.notes[0]
     files = scatter(found, tmp_path / "x.png", multiples=(1.0,))
     assert files[0].stat().st_size > 5000
+    # Another machine's file says so too.
+    render.write(found, tmp_path, "t")
+    known = kept.read([tmp_path / "t.json"], found.table, "smoke")
+    assert [known[f"case {i} / r90"].beyond for i in (0, 3)] == [(1.0, 0.0), (8.0, math.inf)]
+    again = tables.run(found.table, "smoke", tmp_path / "x", progress=False, known=known)
+    assert again.lines[-1].summary == last.summary
+    assert again.lines[7].measured.reason == "not reached"
 
 
 @pytest.mark.parametrize(("sign", "said"), [(1, "foretells the order"), (-1, "the reverse")])

@@ -120,6 +120,7 @@ def test_what_no_size_reaches_says_so(config: str, tmp_path: Path) -> None:
     assert filled.lines[0].measured.chosen == rates[1]
     found = smallest.load(Path(filled.lines[0].measured.place))
     assert found.threshold.target == 4.5
+    assert filled.lines[0].measured.beyond == (2, math.inf)
 
 
 def test_li_table1_at_smoke_scale(tiny_mnist: Path, tmp_path: Path, monkeypatch: Any) -> None:
