@@ -5,8 +5,8 @@
 Gradient descent is stable along an eigenvector of the Hessian only at rates below 2/λ, so 1/λ_max
 might foretell the best rate. Here λ_max is that of the Hessian in the coordinates that train (A, B
 and what else), on a few batches, by Lanczos (`lora_jax.analysis.curvature`): at the start, and
-after some steps of SGD at a rate of 1/(2·λ_max), since at B = 0 there is no curvature along A and
-what couples A and B is the first gradient alone. Beside it the best rate of arms that differ in
+after some steps of SGD at a tenth of 1/λ_max, since at B = 0 there is no curvature along A and what
+couples A and B is the first gradient alone. Beside it the best rate of arms that differ in
 rank, scale (alpha / rank) and targets, of a packed sweep over rates half a decade apart, for SGD,
 of which the theory is, and for Adam, which divides by its own estimate of the gradient's size.
 Spearman's correlation over the arms says how it falls; the lines in the figure are rates of 1/λ and
@@ -60,6 +60,7 @@ class Setting:
       vary: what a seed sets besides `seed`.
       batches: that the loss is a mean of, for its curvature.
       later: steps between the two places.
+      share: rate of these steps, in units of 1/λ at the start.
       products: of Lanczos, at least (so that its bound says something) and at most.
     """
 
@@ -71,6 +72,7 @@ class Setting:
     vary: Sequence[str]
     batches: int = 4
     later: int = 20
+    share: float = 0.1
     products: tuple[int, int] = (40, 80)
 
     def seeds(self, seed: int) -> dict[str, int]:
@@ -179,8 +181,8 @@ def look_at(setting: Setting, arm: str, folder: Path, seed: int) -> dict[str, An
     least, most = setting.products
     zero = jax.tree.map(jax.numpy.zeros_like, begun.state.trainable)
     first = top(begun.state)
-    half = dataclasses.replace(experiment.optimizer, learning_rate=0.5 / first.value)
-    again = runs.begin(bench, dataclasses.replace(experiment, optimizer=half))
+    small = dataclasses.replace(experiment.optimizer, learning_rate=setting.share / first.value)
+    again = runs.begin(bench, dataclasses.replace(experiment, optimizer=small))
     step, state = training.make_step(bench.loss, again.method, again.tx), again.state
     for _ in range(setting.later):
         state, _ = step(again.frozen, state, next(stream))
