@@ -71,7 +71,7 @@ class Setting:
     rates: Mapping[str, Sequence[float]]
     vary: Sequence[str]
     batches: int = 4
-    later: int = 20
+    later: int = 100
     share: float = 0.1
     products: tuple[int, int] = (40, 80)
 
