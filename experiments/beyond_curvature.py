@@ -6,24 +6,25 @@ Gradient descent is stable along an eigenvector of the Hessian only at rates bel
 might foretell the best rate. Here λ_max is that of the Hessian in the coordinates that train (A, B
 and what else), on a few batches, by Lanczos (`lora_jax.analysis.curvature`): at the start, and
 after some steps of SGD at a tenth of 1/λ_max, since at B = 0 there is no curvature along A and what
-couples A and B is the first gradient alone. Beside it the best rate of arms that differ in
-rank, scale (alpha / rank) and targets, of a packed sweep over rates half a decade apart, for SGD,
-of which the theory is, and for Adam, which divides by its own estimate of the gradient's size.
+couples A and B is the first gradient alone. Beside it the best rate of arms that differ in rank,
+scale (alpha / rank) and targets, of a packed sweep over rates half a decade apart, for SGD, of
+which the theory is, and for Adam, which divides by its own estimate of the gradient's size.
 Spearman's correlation over the arms says how it falls; the lines in the figure are rates of 1/λ and
 2/λ. "Relative" columns are of Lanczos's errors: the residual, and a bound from its random start.
 
 `small`: a fully connected network on MNIST from a random start, 12 arms, 3 seeds, 504 members of
-300 updates: about 15 minutes on 2 CPU cores; the same command goes on where it was. `paper`: LeNet and MiniLM-L6 on SST-2 (extra `minilm`) too, 5 seeds,
-for a GPU. `smoke`: four arms on 120 images. `MNIST_DIR` and `GLUE_DIR` name folders with TFDS's
-mnist and glue.
+300 updates: about 15 minutes on 2 CPU cores; the same command goes on where it was. `paper`: LeNet
+and MiniLM-L6 on SST-2 (extra `minilm`) too, 5 seeds, for a GPU. `smoke`: four arms on 120 images.
+`MNIST_DIR` and `GLUE_DIR` name folders with TFDS's mnist and glue.
 
-Measured so (experiments/results/beyond_curvature_small.csv), ρ over the 12 arms: for SGD 0.51 [-0.13,
-0.85] at the start, which decides nothing, and 0.62 [0.01, 0.89] after 100 steps; for Adam 0.85 [0.45,
-0.96] and 0.86 [0.48, 0.97]. So curvature foretells the order of Adam's best rates, of which the
-theory is not, better than that of SGD's. Its size foretells less: 1/λ is some 1.3 or 0.3 at the
-start, by the scale alone, and 0.02 to 0.15 later; SGD's best rates, 0.03 to 0.32, lie between.
-Reached by 20 steps at half of 1/λ, the second place gave 0.67 [0.04, 0.92] and 0.70 [0.09, 0.93] over
-11 arms; the arm of the highest rank, scale and number of targets diverged on the way.
+Measured so (experiments/results/beyond_curvature_small.csv), ρ over the 12 arms: for SGD 0.51
+[-0.13, 0.85] at the start, which decides nothing, and 0.62 [0.01, 0.89] after 100 steps; for Adam
+0.85 [0.45, 0.96] and 0.86 [0.48, 0.97]. So curvature foretells the order of Adam's best rates, of
+which the theory is not; SGD's intervals hold 0, or nearly. Its size foretells less: 1/λ is some 1.3
+or 0.3 at the start, by the scale alone, and 0.02 to 0.15 later; SGD's best rates, 0.03 to 0.32, lie
+between. Reached by 20 steps at half of 1/λ, the second place gave 0.67 [0.04, 0.92] for SGD and
+0.70 [0.09, 0.93] for Adam over 11 arms; the arm of the highest rank, scale and number of targets
+diverged on the way.
 """
 
 import dataclasses
