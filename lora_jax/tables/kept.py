@@ -86,7 +86,7 @@ def _rows(path: Path, table: Table, scale: str) -> tuple[dict[str, Measured], li
 
 def settings(work: Work) -> str | None:
     """A hash of what the runs of a config are told; None where a function makes the number."""
-    if not isinstance(getattr(work, "config", None), str):
+    if not (dataclasses.is_dataclass(work) and isinstance(getattr(work, "config", None), str)):
         return None
     text = json.dumps(work, sort_keys=True, default=plain)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -133,8 +133,7 @@ class Searched:
         return tuple(values.values())
 
     def _place(self) -> str:
-        tried = [dict(one) for one in self.grid]
-        return hashed([told(self.config), dict(self.overrides), self.size, list(self.vary), tried])
+        return hashed([told(self.config), self.overrides, self.size, self.vary, self.grid])
 
     def _chosen(self, place: Path, seeds: Sequence[int], progress: bool) -> Overrides:
         if len(self.grid) < 2:

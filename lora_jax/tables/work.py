@@ -184,8 +184,7 @@ class Trained:
 
     def _place(self) -> str:
         """The same for all metrics of the same runs."""
-        tried = [dict(g) for g in self.grid]
-        return hashed([told(self.config), dict(self.overrides), tried])
+        return hashed([told(self.config), self.overrides, self.grid])
 
     def _value(self, result: Mapping[str, Any], metric: str) -> float:
         if metric not in result["metrics"]:

@@ -365,6 +365,8 @@ def test_what_has_no_number_a_seed_is_kept_too(tmp_path: Path) -> None:
     calls: list[str] = []
 
     class Once:
+        config = "c.py"  # of a class of one's own, which says nothing of settings
+
         def __init__(self, name: str, values: dict[int, float]):
             self.name, self.found = name, Measured(values)
 
