@@ -20,7 +20,7 @@ TRAINING_PAIRS = 42061  # of the original data
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     paper = presets.row("lora_t11_hparams_gpt2", dataset="E2E")
     steps = paper["epochs"] * TRAINING_PAIRS // paper["batch_size"]
-    args = parse_arg(arg, model="gpt2-medium", folder="", steps=steps, seed=0)
+    args = parse_arg(arg, model="openai-community/gpt2-medium", folder="", steps=steps, seed=0)
     config = ml_collections.ConfigDict()
     config.model = {"source": args.model}
     config.method = {

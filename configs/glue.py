@@ -19,6 +19,7 @@ from typing import Any
 import ml_collections
 
 from lora_jax.config import parse_arg
+from lora_jax.errors import UserError, nearest
 from lora_jax.tables import presets
 
 # Training examples, for epochs in steps (GLUE as TFDS 2.0.0 has it).
@@ -37,6 +38,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     args = parse_arg(arg, **defaults)
     if args.preset:
         args = parse_arg(arg, **(defaults | presets.glue(args.preset, args.task)))
+    if args.task not in SIZES:
+        raise UserError(f"GLUE has no task {args.task!r}; {nearest(args.task, SIZES)}")
     examples = args.examples or SIZES[args.task]
     steps = args.epochs * examples // args.batch
     both = args.task == "mnli"

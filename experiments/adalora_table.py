@@ -21,7 +21,8 @@ STEPS = {"small": 4000 // 32, "smoke": 2}
 
 
 def scheduled(steps: int) -> dict[str, object]:
-    """AdaLoRA's fields from the authors' script for CoLA, its updates as shares of the run."""
+    """AdaLoRA's fields from the authors' script for CoLA, its updates as shares of the run. The
+    final rank is 2, not the script's 1: what it is compared with has 2."""
     script = row("adalora_script_hparams", task="CoLA")
     updates = script["epochs"] * 8551 // script["batch_size"]
     return {

@@ -1,9 +1,9 @@
 """LoRA on a Llama written out by hand in plain JAX: what `lora_jax.adapt` is measured against.
 
-No framework, no Module, no interpreter: `x @ W + s * (x @ A) @ B` stands in the layer itself. Norm
-and gate are lora_jax's own functions: what is left to differ is the interpreter. The
-trees are lora_jax's (`params` of a Llama without biases in one stack; LoRA factors on query and
-value), so that both arms start from the same numbers.
+No framework, no Module, no interpreter: `x @ W + s * (x @ A) @ B` stands in the layer itself. Norm,
+gate and attention are lora_jax's own functions: what is left to differ is the interpreter, and the
+head, which lora_jax takes in chunks. The trees are lora_jax's (`params` of a Llama without biases
+in one stack; LoRA factors on query and value), so that both arms start from the same numbers.
 
 Axes: B rows, T positions, D width, N query heads, K key/value heads, H head width, V vocabulary.
 """
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax.models.activations import gated
+from lora_jax.models.attention import attend
 from lora_jax.models.norms import normalize
 
 TARGETS = ("query", "value")
@@ -44,6 +45,7 @@ def hidden(
     power = jnp.arange(0, c.head_dim, 2, dtype=jnp.float32) / c.head_dim
     angles = jnp.arange(length, dtype=jnp.float32)[:, None] * (c.rope_theta**-power)[None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
+    causal = jnp.tril(jnp.ones((1, 1, length, length), bool))
 
     def layer(x: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
         p, ab = inputs
@@ -60,7 +62,7 @@ def hidden(
         q = rotate(project("query", c.num_heads), cos, sin)
         k = rotate(project("key", c.num_kv_heads), cos, sin)
         v = project("value", c.num_kv_heads)
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        y = attend(q, k, v, causal)
         x = x + y.reshape(rows, length, -1) @ attention["out"]["kernel"]
         y = norm(x, p["mlp_norm"]["scale"], c.norm_eps)
         inner = gated("silu")(y @ mlp["gate"]["kernel"], y @ mlp["up"]["kernel"])

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_jax import host
-from lora_jax.errors import UserError
+from lora_jax.errors import Interrupted, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status (2 for a user's error)."""
+    """Runs a command; returns the exit status (2 for a user's error, a shell's for a signal)."""
     parser = _parser()
     args, extra = parser.parse_known_args(argv)
     overrides = []
@@ -35,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return int(stop.code or 0)
     return 0
 
 

@@ -95,7 +95,9 @@ def assign(config: dict[str, Any], dotted: str, value: Any) -> dict[str, Any]:
     *parents, last = dotted.split(".")
     node: Any = config
     for at, key in enumerate([*parents, last]):
-        if not isinstance(node, dict) or (key not in node and "kind" not in node):
+        # A field of a kind need not be there, since it has a default; nothing is below it.
+        is_field = isinstance(node, dict) and "kind" in node and at == len(parents)
+        if not isinstance(node, dict) or (key not in node and not is_field):
             known = node if isinstance(node, dict) else ()
             where = ".".join([*parents, last][:at]) or "the config"
             if node is None:

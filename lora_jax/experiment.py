@@ -12,6 +12,13 @@ from typing import Any, Literal
 from lora_jax import config as configs
 from lora_jax import methods, training
 from lora_jax.data import sources, tasks
+from lora_jax.errors import UserError
+
+
+def _at_least(least: int, config: Any, part: str, *names: str) -> None:
+    for name in names:
+        if (value := getattr(config, name)) < least:
+            raise UserError(f"{part}.{name}={value} must be at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +56,10 @@ class DataConfig:
     too_long: Literal["error", "truncate", "drop"] = "error"
     seed: int = 0  # of the order: runs that differ in Experiment.seed alone see the same batches
 
+    def __post_init__(self) -> None:
+        _at_least(1, self, "data", "batch_size", "length")
+        _at_least(0, self, "data", "seed")
+
     @property
     def validating(self) -> Any:
         """The source of the validation records."""
@@ -71,6 +82,12 @@ class TrainingConfig:
     dropout_seed: int = 0  # of the dropout masks, likewise apart from Experiment.seed
     start_from: str | None = None  # an adapter folder to go on from
 
+    def __post_init__(self) -> None:
+        _at_least(0, self, "training", "steps", "eval_every", "save_every", "log_every", "patience")
+        _at_least(1, self, "training", "accumulate", "chunk")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"training.label_smoothing={self.label_smoothing} must be in [0, 1)")
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
@@ -91,6 +108,13 @@ class EvaluationConfig:
     # General text whose loss is measured before and after: what training made the model forget.
     forgetting: Any = None  # a source; its `text` field is read
     forgetting_blocks: int = 64  # blocks of DataConfig.length tokens
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "evaluation", "batch_size", "max_new_tokens", "num_beams",
+                  "forgetting_blocks")  # fmt: skip
+        _at_least(0, self, "evaluation", "no_repeat_ngram_size", "show", "spectra")
+        if any(k < 0 for k in self.base_shots):
+            raise UserError(f"evaluation.base_shots={self.base_shots} must be 0 or more each")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -142,6 +142,8 @@ class Rules(Generic[T]):
     def of(cls, value: Any) -> Rules:
         """From a bare value, or a sequence of (regex, value) pairs."""
         pairs = isinstance(value, Sequence) and not isinstance(value, str)
+        if pairs and not all(isinstance(x, Sequence) and len(x) == 2 for x in value):
+            raise UserError(f"{value!r}: rules are pairs of a regex and a value, (('query$', 8),)")
         rules = tuple((str(p), v) for p, v in value) if pairs else ((".*", value),)
         for pattern, _ in rules:
             compiled(pattern)
@@ -186,15 +188,23 @@ def check_patterns(patterns: Iterable[str], paths: Iterable[str], what: str) -> 
 def split_stacks(tree: Any, bounds: Mapping[str, Sequence[int]]) -> Any:
     """Cuts stacks into segments: `{"layers": [10]}` makes `layers[0:10]`, `layers[10:30]`.
 
-    A layer that is trained whole must not share an array with frozen ones: cut there.
+    A layer that is trained whole must not share an array with frozen ones: cut there. UserError
+    for a stack that is not there.
     """
+    there = {m["name"] for p in flatten(tree) for part in p.split("/") if (m := _STACK.match(part))}
+    if unknown := [name for name in bounds if name not in there]:
+        raise UserError(f"there is no stack {unknown[0]!r}; {nearest(unknown[0], there)}")
+    return _split_stacks(tree, bounds)
+
+
+def _split_stacks(tree: Any, bounds: Mapping[str, Sequence[int]]) -> Any:
     if not isinstance(tree, Mapping):
         return tree
     out: dict[str, Any] = {}
     for key, sub in tree.items():
         match = _STACK.match(str(key))
         if not match:
-            out[key] = split_stacks(sub, bounds)
+            out[key] = _split_stacks(sub, bounds)
             continue
         start, stop = int(match["start"]), int(match["stop"])
         inside = {b for b in bounds.get(match["name"], ()) if start < b < stop}

@@ -2,7 +2,8 @@
 
 A workdir has `config.json` (complete), `metrics.jsonl`, `spectra.jsonl` (of the updates, at each
 evaluation), TensorBoard events, `checkpoints/`, `adapter/` and `result.json`, written last: where
-it stands, the run is finished.
+it stands, the run is finished. Its `seconds` and `tokens_per_second` are of the process that ended
+the run, which began after `resumed_at` updates.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def begin(bench: Workbench, experiment: Experiment) -> Start:
 def _from_adapter(source: str, bench: Workbench, experiment: Experiment, method: Any) -> Any:
     """The method's start with the adapter in `source` in it; a new head stays as it is."""
     own_head = bench.task.head == "lm"
-    _, loaded = pretrained.load_adapter(source, bench.model, bench.params, head=own_head)
+    saved, loaded = pretrained.load_adapter(source, bench.model, bench.params, head=own_head)
     trainable = method.init(training.stream(experiment.seed, "init"), bench.params)
     old = {n: tuple(x.shape) for n, x in partition.flatten(loaded).items()}
     new = {n: tuple(x.shape) for n, x in partition.flatten(trainable).items()}
@@ -74,7 +75,32 @@ def _from_adapter(source: str, bench: Workbench, experiment: Experiment, method:
             f"training.start_from: the adapter in {source} has other targets or ranks than "
             f"config.method, at {odd[0]}; make them equal"
         )
-    return {**trainable, **loaded}
+    start = {**trainable, **loaded}
+    given = _leaves(saved.combine(bench.params, loaded))
+    taken = _leaves(method.combine(bench.params, start))
+    odd = [n for n in {**given, **taken} if not _alike(given.get(n), taken.get(n))]
+    odd = [n for n in odd if own_head or "head" not in n.split("/")]
+    if odd:
+        raise UserError(
+            f"training.start_from: with config.method the adapter in {source} computes something "
+            f"else, at {odd[0]}; give the method the adapter's kind, alpha and scaling"
+        )
+    return start
+
+
+def _leaves(variables: Any) -> dict[str, Any]:
+    pairs, _ = jax.tree_util.tree_flatten_with_path(variables)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in pairs}
+
+
+def _alike(x: Any, y: Any) -> bool:
+    """Whether two leaves are the same numbers; None is no leaf."""
+    if x is y or x is None or y is None:
+        return x is y
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x, y = jax.random.key_data(x), jax.random.key_data(y)
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    return x.shape == y.shape and bool(np.allclose(x, y, rtol=1e-5, atol=0.0))
 
 
 def run(experiment: Experiment, workdir: str | Path, *, progress: bool = True) -> dict[str, Any]:
@@ -83,12 +109,15 @@ def run(experiment: Experiment, workdir: str | Path, *, progress: bool = True) -
     Returns what `result.json` holds. Raises UserError for a workdir that is finished, or that
     another config began.
     """
+    one_process()
     began, folder, t = time.perf_counter(), Path(workdir), experiment.training
-    bench = Workbench(experiment)
-    claim(folder, to_dict(experiment))
+    bench, config = Workbench(experiment), to_dict(experiment)
+    check_free(folder, config)
     start = begin(bench, experiment)
+    bench.check_evaluation()
     print(f"trainable parameters\n{start.method.count(bench.params)}", flush=True)
     data = bench.batches(experiment.data.seed)
+    claim(folder, config)  # only now: a config with a mistake leaves no workdir
     layout = training.shardings_of(start.state) if bench.mesh is not None else None
     step = training.make_step(
         bench.loss, start.method, start.tx,
@@ -129,8 +158,18 @@ def run(experiment: Experiment, workdir: str | Path, *, progress: bool = True) -
             "seconds": time.perf_counter() - began,
             "best_step": best,
             "converged": fitted.converged,
+            "resumed_at": fitted.resumed_at,
         },
     )  # fmt: skip
+
+
+def one_process() -> None:
+    """UserError under several processes, which would all write to the one workdir."""
+    if jax.process_count() > 1:
+        raise UserError(
+            f"{jax.process_count()} processes: a run is of one, on all devices of its machine. For "
+            "several, write the loop: loader.batches(host_index=…), place_batch and make_step"
+        )
 
 
 def inspector(method: Any, k: int) -> Callable[[Any, training.State], list[Row]] | None:
@@ -230,17 +269,21 @@ def show(bench: Workbench, predictions: Any, base_predictions: Any) -> None:
         print(f"{prompt}   wanted: {wanted}   adapted: {predictions[i]}{base}")
 
 
-def claim(folder: Path, config: dict[str, Any]) -> None:
-    """Makes the workdir, or checks that it is an unfinished one of this very config."""
+def check_free(folder: Path, config: dict[str, Any]) -> None:
+    """UserError unless the workdir is yet to be made, or an unfinished one of this very config."""
     if (folder / RESULT).exists():
         raise UserError(f"{folder} holds a finished run: choose another --workdir or remove it")
     path = folder / "config.json"
-    if path.exists():
-        if json.loads(path.read_text()) != json.loads(json.dumps(config)):
-            raise UserError(f"{folder} was begun with another config: choose another --workdir")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, config)
+    if path.exists() and json.loads(path.read_text()) != json.loads(json.dumps(config)):
+        raise UserError(f"{folder} was begun with another config: choose another --workdir")
+
+
+def claim(folder: Path, config: dict[str, Any]) -> None:
+    """Makes the workdir, once it is known that the config can be run."""
+    check_free(folder, config)
+    if not (folder / "config.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", config)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -257,16 +300,24 @@ def environment() -> Mapping[str, Any]:
     As they were when it was first asked: what this process imported then, it runs.
     """
     names = ("lora-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
     return {
         "versions": {n: importlib.metadata.version(n) for n in names},
         "python": platform.python_version(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "git_commit": commit.stdout.strip() or None,
+        "git_commit": _commit(),
     }
+
+
+def _commit() -> str | None:
+    """None outside of a clone, and where git is not installed."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    except OSError:
+        return None
+    return found.stdout.strip() or None
 
 
 def load_run(workdir: str | Path) -> tuple[Workbench, Any, Any]:

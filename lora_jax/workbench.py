@@ -16,6 +16,8 @@ import numpy as np
 from lora_jax import bases, pretrained, training
 from lora_jax.data import loader
 from lora_jax.data.placeholders import behind_prompts
+from lora_jax.data.tasks.chat import Chat
+from lora_jax.data.tasks.prompted import opening
 from lora_jax.data.tasks.text import Text
 from lora_jax.errors import UserError
 from lora_jax.experiment import Experiment, to_dict
@@ -91,13 +93,10 @@ class Workbench:
             raise UserError("model.shape has no tokenizer: for texts set model.source instead")
         return pretrained.load_tokenizer(self.experiment.model.source)
 
-    @functools.cached_property
+    @property
     def pad_id(self) -> int:
         """0 where the task reads no tokens."""
-        tokenizer = self.tokenizer
-        if tokenizer is None:
-            return 0
-        return next(i for i in (tokenizer.pad_id, tokenizer.eos_id, 0) if i is not None)
+        return 0 if self.tokenizer is None else int(self.tokenizer.pad_id)
 
     # Data.
 
@@ -191,6 +190,24 @@ class Workbench:
 
     # Evaluation. `output` is pure, so that packs can map it over their members.
 
+    def check_evaluation(self) -> None:
+        """Opens what only evaluations read and scores made-up answers, so that a mistake in that
+        half of a config is told before training."""
+        if not self.evaluation_batches:
+            raise UserError(
+                f"data.validation={self.experiment.data.validation!r} has no records to evaluate on"
+            )
+        _ = self.general_batches
+        if self.by_loss:
+            return
+        records = self.validation_records
+        if self.task.head == "lm":
+            few = records[:4]
+            self.task.metrics([self.task.references(r)[0] for r in few], few)
+        else:
+            shape = len(records), max(self.task.num_labels, 1)
+            self.task.metrics(np.random.default_rng(0).normal(size=shape), records)
+
     @functools.cached_property
     def evaluation_batches(self) -> list[Batch]:
         """The validation records as inputs of `output`, with the record of each row (`rows`)."""
@@ -254,23 +271,34 @@ class Workbench:
 
     def evaluate(self, variables: Any) -> tuple[dict[str, float], Any]:
         """(metrics, predictions) of one model on the validation records."""
-        run = self._jitted_output
-        outputs = [jax.device_get(run(variables, _arrays(b))) for b in self.evaluation_batches]
+        outputs = self._outputs(self._run_output, variables, self.evaluation_batches)
         predictions = self.predictions(outputs)
         return self.score(predictions), predictions
 
+    def _outputs(
+        self, run: Callable[..., Any], variables: Any, batches: Sequence[Batch]
+    ) -> list[Any]:
+        places = (evaluation.placed(batch, self.mesh) for batch in batches)
+        return [jax.device_get(run(variables, inputs)) for inputs in places]
+
     @functools.cached_property
-    def _jitted_output(self) -> Callable[..., jax.Array]:
-        return jax.jit(self.output)
+    def _run_output(self) -> Callable[..., Any]:
+        return evaluation.compiled(self.output, self.mesh)
+
+    @functools.cached_property
+    def _run_loss_sums(self) -> Callable[..., Any]:
+        return evaluation.compiled(self.loss_sums, self.mesh)
 
     def answers(self, variables: Any, prompts: Sequence[str]) -> list[str]:
         """Continuations of some prompts."""
         if self.task.head != "lm":
             raise UserError("the run's model classifies: it has no continuations to generate")
         e = self.experiment.evaluation
+        # As in training. A chat's template writes it itself.
+        start = [] if isinstance(self.task, Chat) else opening(self.tokenizer)
         ids = training.generate(
             self.model, variables,
-            [[*self.tokenizer.encode(p), *self.placeholders] for p in prompts],
+            [[*start, *self.tokenizer.encode(p), *self.placeholders] for p in prompts],
             max_new_tokens=e.max_new_tokens, eos_id=self.tokenizer.eos_id, pad_id=self.pad_id,
             num_beams=e.num_beams, length_penalty=e.length_penalty,
             no_repeat_ngram_size=e.no_repeat_ngram_size, batch_size=e.batch_size,
@@ -281,7 +309,7 @@ class Workbench:
         """The base model with k examples in its prompt, on the same records; best k kept.
 
         Metrics `base_*` and `base_shots`. The examples stand before every prompt in the training
-        format; an answer ends with its line.
+        format; an answer ends with its line, or where the model ends it.
 
         Args:
           seed: that draws the examples, a run's `data.seed`.
@@ -290,17 +318,21 @@ class Workbench:
         if not e.base_shots:
             return {}, []
         picked = np.random.default_rng(seed).permutation(len(self.train_records))
-        newline = self.tokenizer.encode("\n")[-1]
+        newline, start = self.tokenizer.encode("\n")[-1], opening(self.tokenizer)
+        ends = (newline, *self._ends(self.tokenizer.eos_id))
         records = self.validation_records
         asked = [self.task.prompt_ids(r, self.tokenizer) for r in records]
         best: tuple[float, dict[str, float], Any] | None = None
         for k in e.base_shots:
             shots = [self.train_records[int(i)] for i in picked[:k]]
             text = "".join(self._solved(r) + "\n" for r in shots)
+            # What opens a text stands before the examples, once.
+            opened = bool(text) and all(ids[: len(start)] == start for ids in asked)
             ids = training.generate(
-                self.model, {"params": self.params}, asked,
-                prefix=self.tokenizer.encode(text) if text else (),
-                max_new_tokens=e.max_new_tokens, eos_id=newline, pad_id=self.pad_id,
+                self.model, {"params": self.params},
+                [ids[len(start) :] for ids in asked] if opened else asked,
+                prefix=[*(start if opened else ()), *self.tokenizer.encode(text)] if text else (),
+                max_new_tokens=e.max_new_tokens, eos_id=ends, pad_id=self.pad_id,
                 batch_size=e.batch_size,
             )  # fmt: skip
             answers = [self.tokenizer.decode(x, skip_special_tokens=True).strip() for x in ids]
@@ -345,8 +377,7 @@ class Workbench:
         """{"general_loss": nats a token} of one model, or nothing where no text was asked for."""
         if not self.general_batches:
             return {}
-        run = jax.jit(self.loss_sums)
-        sums = [run(variables, _arrays(b)) for b in self.general_batches]
+        sums = self._outputs(self._run_loss_sums, variables, self.general_batches)
         return {"general_loss": mean_of(sums)}
 
 
@@ -354,11 +385,6 @@ def mean_of(sums: Sequence[tuple[Any, Any]]) -> float:
     """Nats a token from (sum of losses, tokens) of batches."""
     total, tokens = (float(np.sum(column)) for column in zip(*sums, strict=True))
     return total / tokens
-
-
-def _arrays(batch: Batch) -> Batch:
-    """What a program takes of a batch: which records its rows are stays on the host."""
-    return {name: value for name, value in batch.items() if name != "rows"}
 
 
 def endless(batches: Callable[[], Iterator[Batch]]) -> Iterator[Batch]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import dataclasses
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -94,6 +96,10 @@ def _offset(text: str | None, total: int) -> int | None:
 
 
 def _text(path: Path, encoding: str) -> IO[str]:
+    try:
+        codecs.lookup(encoding)
+    except LookupError:
+        raise UserError(f"{path}: unknown encoding {encoding!r}; write utf-8 or latin-1") from None
     opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
     return opener(path, "rt", encoding=encoding, newline="")  # type: ignore[no-any-return]
 
@@ -136,7 +142,7 @@ def _guarded(path: Path, items: Any, line: Callable[[], int] | None = None) -> I
     """`items`, with a reader's errors told as errors of the file."""
     try:
         yield from items
-    except (csv.Error, UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (csv.Error, UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         place = f", line {line()}" if line else ""
         raise UserError(f"{path}{place}: cannot be read ({error}).") from error
 

@@ -96,6 +96,8 @@ def batches(
     share = batch_size // host_count
     mine = slice(host_index * share, (host_index + 1) * share)
     settings: list[Any] = [batch_size, length, packing, seed, pad_id]
+    if not examples:
+        raise UserError("there are no records to train on; is the training split empty?")
     if _pictured(examples):
         _no_buckets(buckets)
         pictures = cast("Sequence[ImageExample]", examples)

@@ -137,7 +137,7 @@ class Tokenizer:
         config |= _read_json(folder / "tokenizer_config.json")
         special = {role: _token_text(config[role]) for role in _ROLES if config.get(role)}
         if (folder / "tokenizer.json").is_file():
-            backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            backend = _from_file(folder / "tokenizer.json")
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             backend = _from_gpt2_files(folder)
             if not special and backend.token_to_id("<|endoftext|>") is not None:
@@ -225,6 +225,13 @@ def _folder_template(folder: Path, config: dict[str, Any]) -> str | None:
     if isinstance(template, list):  # several, by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template
+
+
+def _from_file(path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no narrower one
+        raise UserError(f"{path} is not a whole tokenizer file: {error}") from None
 
 
 def _from_gpt2_files(folder: Path) -> tokenizers.Tokenizer:

@@ -48,7 +48,8 @@ class AdaLoRA(Structured):
 
     Args:
       rank: at the start, r.
-      target_rank: ranks a matrix at the end, on average.
+      target_rank: ranks a matrix at the end, on average; where `rank` is not above it, nothing is
+        pruned.
       total_steps: updates of the run; 0: what `scheduled` is told.
       initial_steps: updates before the budget begins to fall.
       final_steps: updates with the final budget and a mask that no longer changes.
@@ -170,7 +171,7 @@ class AdaLoRA(Structured):
     def budget(self, t: jax.Array, triplets: jax.Array, matrices: jax.Array) -> jax.Array:
         """Triplets to keep after update t of `triplets` in `matrices`, int32 (eq. 13)."""
         last = self.total_steps - self.final_steps
-        target = self.target_rank * matrices
+        target = jnp.minimum(self.target_rank * matrices, triplets)
         left = 1.0 - (t - self.initial_steps) / (last - self.initial_steps)
         left = jnp.clip(left, 0.0, 1.0)
         # The nudge keeps what is whole in exact arithmetic from falling below itself.

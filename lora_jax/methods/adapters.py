@@ -18,6 +18,7 @@ from lora_jax import partition
 from lora_jax.errors import UserError, nearest
 from lora_jax.methods import activations, base
 from lora_jax.methods.activations import SITES
+from lora_jax.tensors.base import wide
 
 # All map 0 to 0: units that only pad a smaller adapter stay 0 and get no gradient.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -40,24 +41,24 @@ class Bottleneck:
     def __call__(self, params: Any, x_BTD: jax.Array, **context: Any) -> jax.Array:
         """params: down [D, r], down_bias [r], up [r, D], up_bias [D], maybe norm {scale, bias}
         [D]; x [B, T, D] -> [B, T, D]. Products in x's dtype, summed in float32 or wider."""
-        wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
+        dtype = wide(x_BTD.dtype)
         inner = _layer_norm(params["norm"], x_BTD) if "norm" in params else x_BTD
 
         def affine(x: jax.Array, name: str) -> jax.Array:
             kernel = params[name].astype(x_BTD.dtype)
-            product = jnp.einsum("bti,io->bto", x, kernel, preferred_element_type=wide)
-            return product + params[f"{name}_bias"].astype(wide)[None, None]
+            product = jnp.einsum("bti,io->bto", x, kernel, preferred_element_type=dtype)
+            return product + params[f"{name}_bias"].astype(dtype)[None, None]
 
         hidden_BTR = ACTIVATIONS[self.activation](affine(inner, "down")).astype(x_BTD.dtype)
         return x_BTD + affine(hidden_BTR, "up").astype(x_BTD.dtype)
 
 
 def _layer_norm(norm: Any, x: jax.Array) -> jax.Array:
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mean = jnp.mean(wide, axis=-1, keepdims=True)
-    variance = jnp.mean(jnp.square(wide - mean), axis=-1, keepdims=True)
-    scale, bias = (norm[n].astype(wide.dtype)[None, None] for n in ("scale", "bias"))
-    return ((wide - mean) * jax.lax.rsqrt(variance + _EPSILON) * scale + bias).astype(x.dtype)
+    y = x.astype(wide(x.dtype))
+    mean = jnp.mean(y, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(y - mean), axis=-1, keepdims=True)
+    scale, bias = (norm[n].astype(y.dtype)[None, None] for n in ("scale", "bias"))
+    return ((y - mean) * jax.lax.rsqrt(variance + _EPSILON) * scale + bias).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

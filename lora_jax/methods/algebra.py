@@ -22,7 +22,7 @@ import numpy as np
 from lora_jax import analysis, partition
 from lora_jax.errors import UserError, nearest
 from lora_jax.methods import base
-from lora_jax.methods.factored import Factored, Factors, Pair, as_lora, read
+from lora_jax.methods.factored import Factored, Factors, Pair, lora_of, read
 from lora_jax.methods.lora import LoRA
 from lora_jax.methods.peft.whole import host
 
@@ -111,7 +111,7 @@ def combine_adapters(
             updates[path] = _combine_leaf(merge, path, there, ranks, energy)
     layouts = dict(pair for x in found for pair in x.layouts)
     factors = Factors(updates, {}, tuple(layouts.items()))
-    method, trainable = as_lora(factors, whole, params)
+    method, trainable = lora_of(factors, whole, params)
     return Combined(method, trainable, energy)
 
 

@@ -14,9 +14,9 @@ import numpy as np
 from lora_jax import partition
 from lora_jax.errors import UserError
 from lora_jax.methods import base, looking
-from lora_jax.methods.lora import LoRA
+from lora_jax.methods.lora import LoRA, rule_names
 from lora_jax.methods.offset import as_factors
-from lora_jax.methods.peft.patterns import module_paths, rules, seven_digits
+from lora_jax.methods.peft.patterns import rules, seven_digits
 from lora_jax.tensors.probe import Probe
 
 
@@ -60,6 +60,8 @@ class EVA(LoRA):
         ratios, vectors, deviations = {}, {}, {}
         widest = int(self.rank * self.rho)
         for path, moments in self._moments(apply, params, seen).items():
+            if np.any(moments[..., -1, -1] == 0):
+                raise UserError(f"EVA: no input goes through {path!r}; take it off targets")
             ratios[path], vectors[path], deviations[path] = _principal(moments, widest)
         ranks = self._allocate(params, ratios)
         flat, start = partition.flatten(params), {}
@@ -72,15 +74,15 @@ class EVA(LoRA):
             layout = self.layout(path, flat[path])
             none = jnp.zeros((*a.shape[:-2], most, flat[path].shape[-1]))
             start[path] = as_factors(jnp.asarray(a), none, flat[path], layout, layers)["a"]
-        every = module_paths(e for p in flat for e in partition.expand(p))
+        names = rule_names(params)
+        every = list(names.values())
         by_module, alphas = {}, {}
         power = 0.5 if self.scaling == "rslora" else 1.0
         for path, layers in ranks.items():
             for ours, r in zip(partition.expand(path), layers, strict=True):
-                old = float(partition.Rules.of(self.alpha).get(ours, 0.0))
-                by_module[partition.module(ours)] = r
-                if path in kept:
-                    alphas[partition.module(ours)] = seven_digits(old * (r / self.rank) ** power)
+                by_module[names[ours]] = r
+                if path in kept and (old := partition.Rules.of(self.alpha).get(ours)) is not None:
+                    alphas[names[ours]] = seven_digits(old * (r / self.rank) ** power)
         method = dataclasses.replace(self, rank=rules(by_module, every), alpha=rules(alphas, every))
         return looking.with_start(method, start)
 

@@ -13,8 +13,8 @@ import numpy as np
 from lora_jax import partition
 from lora_jax.errors import UserError
 from lora_jax.methods import base
-from lora_jax.methods.lora import LoRA
-from lora_jax.methods.peft.patterns import module_paths, regexes, rules
+from lora_jax.methods.lora import LoRA, rule_names
+from lora_jax.methods.peft.patterns import regexes, rules
 from lora_jax.methods.peft.whole import host
 from lora_jax.tensors.base import is_weight
 from lora_jax.tensors.low_rank import LowRank
@@ -93,11 +93,11 @@ def sizes(letters: str, shape: tuple[int, ...], letter: str) -> tuple[int, ...]:
     return tuple(n for n, x in zip(shape, letters, strict=True) if x == letter)
 
 
-def as_lora(
+def lora_of(
     factors: Factors, whole: Mapping[str, jax.Array], params: Any
 ) -> tuple[LoRA, base.Trainable]:
     """The LoRA with s = 1 that adds these products, and its tree with the leaves `whole` in it."""
-    flat = partition.flatten(params)
+    flat, names = partition.flatten(params), rule_names(params)
     ranks: dict[str, int] = {}
     tree: base.Trainable = {}
     for path, update in factors.updates.items():
@@ -109,19 +109,21 @@ def as_lora(
         ]
         if not any(of_layer):
             continue
-        ranks |= {partition.module(e): r for e, r in zip(layers, of_layer, strict=True) if r}
+        ranks |= {names[e]: r for e, r in zip(layers, of_layer, strict=True) if r}
         tree[path] = _leaf(pairs, update.letters, tuple(flat[path].shape), max(of_layer))
     every = [e for p in flat for e in partition.expand(p)]
-    modules = module_paths(every)
     fields: dict[str, Any] = {"layouts": factors.layouts}
     if whole:
         fields["train"] = tuple(regexes([e for p in whole for e in partition.expand(p)], every))
     if not ranks:
-        raise UserError("no adapter changes any module: there is nothing to combine")
-    found = rules(ranks, modules)
-    method = LoRA(
-        rank=found, alpha=_floats(found), targets=tuple(regexes(ranks, modules)), **fields
-    )
+        raise UserError(
+            "the result would hold leaves trained whole and no update of a matrix, which is no LoRA"
+            if whole
+            else "no adapter changes any module: there is nothing to combine"
+        )
+    among = list(names.values())
+    found = rules(ranks, among)
+    method = LoRA(rank=found, alpha=_floats(found), targets=tuple(regexes(ranks, among)), **fields)
     return method, {**tree, **whole}
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from lora_jax import partition
 from lora_jax.errors import UserError
 from lora_jax.methods import base, peft
-from lora_jax.methods.lora import Layout, LoRA
+from lora_jax.methods.lora import Layout, LoRA, rule_names
 from lora_jax.methods.peft import parts
 from lora_jax.methods.peft.patterns import module_paths, regexes
 from lora_jax.methods.peft.protocol import hf_module
@@ -23,6 +23,7 @@ from lora_jax.tensors.base import densify
 from lora_jax.tensors.rescaled import Rescaled
 
 _PART = "ia3_l"
+_CONVOLUTION = "iiio"
 
 
 @base.register("ia3", peft={"peft_type": "IA3"})
@@ -68,11 +69,18 @@ class IA3(base.Method):
             )
         return hits.pop()
 
+    def _axes(self, path: str, leaf: Any) -> tuple[int, ...]:
+        """The leaf's axes, as negative positions, that l runs along besides the batch's: its
+        outputs, or its inputs; of a convolution's inputs the channels."""
+        layout = self._finder().layout(path, leaf)
+        axes = layout.axes("i" if self._inner(path) else "o")
+        return axes[-1:] if self._inner(path) and layout.letters == _CONVOLUTION else axes
+
     def _sizes(self, path: str, leaf: Any) -> tuple[Layout, tuple[int, ...]]:
         """(layout, l's shape [*batch, *in or *out])."""
         layout, shape = self._finder().layout(path, leaf), tuple(leaf.shape)
-        letter = "i" if self._inner(path) else "o"
-        return layout, layout.sizes(shape, "b") + layout.sizes(shape, letter)
+        own = tuple(shape[i] for i in self._axes(path, leaf))
+        return layout, layout.sizes(shape, "b") + own
 
     def live(self, params: Any) -> dict[str, np.ndarray]:
         """1 for the layers that are rescaled, else 0, by leaf path."""
@@ -80,10 +88,22 @@ class IA3(base.Method):
             every = [e for p in partition.flatten(params) for e in partition.expand(p)]
             partition.check_patterns(self._feedforward(), every, "feedforward")
         found = {}
-        for path, ranks in self._finder().ranks(params).items():
+        chosen = self._finder().ranks(params)
+        self._check_feedforward(params, chosen)
+        for path, ranks in chosen.items():
             on = np.asarray(ranks, np.float32)
             found[path] = on if partition.stack_of(path) is not None else on[0]
         return found
+
+    def _check_feedforward(self, params: Any, chosen: Mapping[str, list[int]]) -> None:
+        """As in PEFT, `feedforward` tells which of the targets it is about, and adds none."""
+        if self.feedforward == IA3.feedforward:
+            return
+        hit = {e for p, r in chosen.items() for e, n in zip(partition.expand(p), r) if n}  # noqa: B905
+        for e in rule_names(params):
+            inner = any(partition.matches(p, e) for p in self._feedforward())
+            if inner and e not in hit:
+                raise UserError(f"feedforward matches {e!r}, which is none of the targets: add it")
 
     def init(self, key: jax.Array, params: Any) -> base.Trainable:
         flat = partition.flatten(params)
@@ -117,8 +137,9 @@ class IA3(base.Method):
             if not inner and bias in flat:
                 old = new.get(bias, flat[bias])
                 new[bias] = (old * gain).astype(old.dtype)
-            unit = layout.axes("o" if inner else "i")
-            g = jnp.expand_dims(gain, [i + flat[path].ndim for i in unit])
+            kept = {*layout.axes("b"), *self._axes(path, flat[path])}
+            unit = [i for i in range(flat[path].ndim) if i - flat[path].ndim not in kept]
+            g = jnp.expand_dims(gain, unit)
             new[path] = Rescaled(flat[path], g, path)
         return {"params": partition.combine(params, new)}
 
@@ -148,7 +169,8 @@ class IA3(base.Method):
         held, inner = {}, []
         for path in live:
             l = trainable[path]["l"]  # noqa: E741
-            if l.ndim != 1 + (partition.stack_of(path) is not None):
+            letters = self._finder().layout(path, partition.flatten(params)[path]).letters
+            if letters != "b" * (partition.stack_of(path) is not None) + "io":
                 raise peft.NoPeftForm(f"{path!r} has more than an input and an output axis")
             l = parts.layers_of(path, l)  # noqa: E741
             held[path] = {_PART: l[:, None, :] if self._inner(path) else l[:, :, None]}

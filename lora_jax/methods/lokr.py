@@ -128,10 +128,10 @@ class LoKr(Structured):
 
 
 def divide(size: int, factor: int) -> tuple[int, int]:
-    """size as (m, n) with m <= n, by PEFT's rule.
+    """size as (m, n), by PEFT's rule.
 
-    m is `factor` where that divides the size; else the largest divisor up to the root, and up to
-    the factor, on the way to which m + n never grows.
+    m is `factor` where that divides the size, also where n is then smaller; else the largest
+    divisor up to the root, and up to the factor, on the way to which m + n never grows.
     """
     if factor > 0 and size % factor == 0:
         return factor, size // factor

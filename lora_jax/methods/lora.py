@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import math
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -52,7 +54,8 @@ class LoRA(base.Method):
       alpha: numerator of the scale, or rules.
       targets: regex(es) of the modules to adapt, or "all-linear": every matrix inside a stack.
       scaling: "standard" alpha/r, "rslora" alpha/sqrt(r) (Kalajdzievski 2023).
-      dropout: rate of the dropout on the input of A.
+      dropout: rate of the dropout on the input of A; a lookup in an embedding has none, as in
+        PEFT.
       start: "uniform" U(±1/sqrt(d_in)), what PEFT and microsoft/LoRA do; "gaussian"
         N(0, 1/d_in), as the paper's text says. Embeddings: A zero, B normal, as in PEFT. Every
         column has a key of its own, so a rank-4 start is the prefix of the rank-8 one.
@@ -118,7 +121,7 @@ class LoRA(base.Method):
             if path in whole:
                 continue
             ranks = [
-                int(rules.get(e, 0)) if self._targeted(patterns, path, e, leaf) else 0
+                _whole(rules.get(e, 0)) if self._targeted(patterns, path, e, leaf) else 0
                 for e in partition.expand(path)
             ]
             if any(ranks):
@@ -128,12 +131,10 @@ class LoRA(base.Method):
         return found
 
     def _targeted(self, patterns: tuple[str, ...], path: str, expanded: str, leaf: Any) -> bool:
-        stacked = partition.stack_of(path) is not None
-        name = path.removesuffix("/value").rsplit("/", 1)[-1]
-        if len(leaf.shape) - stacked < 2 or name in ("bias", "scale"):
-            return False  # DenseGeneral's bias has two axes; biases and norms go in `train`
+        if not takes_factors(path, leaf):
+            return False
         if patterns == (ALL_LINEAR,):
-            return stacked
+            return partition.stack_of(path) is not None
         return any(partition.matches(p, expanded) for p in patterns)
 
     def _check(
@@ -147,13 +148,25 @@ class LoRA(base.Method):
         if patterns != (ALL_LINEAR,):
             partition.check_patterns(patterns, every, "targets")
         hit = [e for p in found for e in partition.expand(p)]
-        if not hit and patterns != (ALL_LINEAR,):
-            raise UserError(
-                f"targets {patterns} match no matrix that takes a rank above 0: a low-rank update "
-                "needs at least two axes (name biases and norms in `train`)"
+        if not hit:
+            why = (
+                "no matrix inside a stack such as layers[0:12] takes a rank above 0; where there "
+                "are no stacks, name targets by regex"
+                if patterns == (ALL_LINEAR,)
+                else "no matrix with them takes a rank above 0: a low-rank update needs at least "
+                "two axes (name biases and norms in `train`)"
             )
+            raise UserError(f"targets {patterns}: {why}")
         rules.check(every, "rank")
-        partition.Rules.of(self.alpha).check(hit, "alpha")
+        alphas = partition.Rules.of(self.alpha)
+        alphas.check(hit, "alpha")
+        for path, ranks in found.items():
+            for one, r in zip(partition.expand(path), ranks, strict=True):
+                if r and alphas.get(one) is None:
+                    raise UserError(
+                        f"alpha: no rule matches {one!r}, whose rank is {r}; add one that takes "
+                        "the rest, ('.*', 16.0), at the end"
+                    )
 
     def layout(self, path: str, leaf: Any) -> Layout:
         """The leaf's axis letters; UserError where they are not evident or do not fit."""
@@ -163,10 +176,11 @@ class LoRA(base.Method):
         letters = told or ("b" * stacked + {2: "io", 4: "iiio"}.get(ndim - stacked, ""))
         fits = len(letters) == ndim and set(letters) <= set("bio") and {"i", "o"} <= set(letters)
         if not fits:
+            tail = re.escape(re.sub(r"^.*\[\d+:\d+\]/", "", partition.module(path)))
+            example = "b" * stacked + "io" + "o" * (ndim - stacked - 2)
             raise UserError(
                 f"{path!r} has shape {tuple(leaf.shape)}: say which axes are batch, input and "
-                f"output, e.g. layouts=(({partition.module(path)!r}, {'ioo'[:ndim]!r}),); "
-                f"got {letters!r}"
+                f"output, e.g. layouts=((r'{tail}$', {example!r}),); got {letters!r}"
             )
         return Layout(letters)
 
@@ -268,6 +282,9 @@ class LoRA(base.Method):
 
     def _weight(self, path: str, w: Any, ab: Any, scale: Any, dropout: Any = None) -> LowRank:
         layout = self.layout(path, w)
+        ranks = ab["a"].shape[-1], ab["b"].shape[-1 - len(layout.axes("o"))]
+        if ranks[0] != ranks[1]:  # with a rank of 1 a product would broadcast
+            raise UserError(f"the factors of {path!r} are of ranks {ranks[0]} and {ranks[1]}")
         scale = jnp.asarray(scale, jnp.float32)
         # A scale or key per layer also where there are further batch axes, such as experts.
         further = (1,) * (layout.letters.count("b") - 1) if scale.ndim else ()
@@ -337,6 +354,29 @@ class LoRA(base.Method):
         saved: base.Method | None = None,
     ) -> tuple[LoRA, base.Trainable]:
         return lora_read.read(cls, files, names, params, saved)
+
+
+def takes_factors(path: str, leaf: Any) -> bool:
+    """Whether the leaf is a matrix, or more than one: biases and norms go in `train`."""
+    own = len(leaf.shape) - (partition.stack_of(path) is not None)
+    # DenseGeneral's bias has two axes.
+    return own >= 2 and path.removesuffix("/value").rsplit("/", 1)[-1] not in ("bias", "scale")
+
+
+def rule_names(params: Any) -> dict[str, str]:
+    """What rules call each leaf that takes factors, by its expanded path: its module, or, where
+    that owns several of them, the leaf itself."""
+    flat = partition.flatten(params)
+    leaves = [e for p, x in flat.items() if takes_factors(p, x) for e in partition.expand(p)]
+    owned = collections.Counter(map(partition.module, leaves))
+    modules = {e: partition.module(e) for e in leaves}
+    return {e: module if owned[module] == 1 else e for e, module in modules.items()}
+
+
+def _whole(rank: Any) -> int:
+    if isinstance(rank, bool) or int(rank) != rank:
+        raise UserError(f"rank={rank!r} must be a whole number")
+    return int(rank)
 
 
 @functools.partial(jax.jit, static_argnames=("widest", "size", "bound"))

@@ -12,8 +12,8 @@ import numpy as np
 from lora_jax import partition
 from lora_jax.errors import UserError
 from lora_jax.methods import base
-from lora_jax.methods.lora import LoRA
-from lora_jax.methods.peft.patterns import module_paths, regexes, rules, seven_digits
+from lora_jax.methods.lora import LoRA, rule_names
+from lora_jax.methods.peft.patterns import regexes, rules, seven_digits
 from lora_jax.methods.peft.whole import host
 
 Columns = Mapping[str, Sequence[Sequence[int]]]
@@ -30,7 +30,7 @@ def plain_lora(
       factors: {"a": [*batch, *in, R], "b": [*batch, R, *out]} by leaf path.
       kept: by leaf path, the numbers of the columns that each layer uses.
     """
-    flat = partition.flatten(params)
+    flat, names = partition.flatten(params), rule_names(params)
     scales = method.scales(params)
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -41,13 +41,12 @@ def plain_lora(
             partition.expand(path), columns, np.atleast_1d(scales[path]), strict=True
         ):
             if chosen:
-                module = partition.module(ours)
-                ranks[module] = len(chosen)
+                ranks[names[ours]] = len(chosen)
                 root = len(chosen) ** (0.5 if method.scaling == "rslora" else 1.0)
-                alphas[module] = seven_digits(float(s) * root)
+                alphas[names[ours]] = seven_digits(float(s) * root)
     if not ranks:
         raise UserError("no column is left in any layer: there is nothing to keep of the update")
-    every = module_paths(e for p in flat for e in partition.expand(p))
+    every = list(names.values())
     lora = LoRA(
         rank=rules(ranks, every), alpha=rules(alphas, every), targets=tuple(regexes(ranks, every)),
         scaling=method.scaling, dropout=method.dropout, train=method.train, layouts=method.layouts,

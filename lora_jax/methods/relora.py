@@ -16,7 +16,7 @@ from lora_jax.errors import UserError
 from lora_jax.methods import base
 from lora_jax.methods.lora import LoRA
 from lora_jax.methods.seldom import where_due
-from lora_jax.tensors.base import densify
+from lora_jax.tensors.base import densify, wide
 from lora_jax.tensors.summed import Summed
 
 
@@ -90,7 +90,7 @@ class ReLoRA(LoRA):
             value = trainable[path]
             leaf = self._weight(path, flat[path], value, scale)
             w = densify(leaf.w) if not hasattr(leaf.w, "astype") else leaf.w
-            new[path] = (w.astype(jnp.float32) + value["delta"] + leaf.delta()).astype(w.dtype)
+            new[path] = (w.astype(wide(w.dtype)) + value["delta"] + leaf.delta()).astype(w.dtype)
         whole = {p: v for p, v in trainable.items() if p not in new}
         return densify(partition.combine(params, {**new, **whole}))
 

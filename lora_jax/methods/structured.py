@@ -56,7 +56,8 @@ class Structured(LoRA):
     def ranks(self, params: Any) -> dict[str, list[int]]:
         flat, found = partition.flatten(params), super().ranks(params)
         for path in found:
-            if self.layout(path, flat[path]).letters not in ("io", "bio"):
+            stacked = partition.stack_of(path) is not None
+            if self.layout(path, flat[path]).letters != "b" * stacked + "io":
                 raise UserError(
                     f"{type(self).__name__} adapts matrices, not {path!r} of shape "
                     f"{tuple(flat[path].shape)}: take it off targets"

@@ -39,6 +39,7 @@ class BertConfig(EqualHeads, ModelConfig):
       head_dropout: rate before the scoring head's kernels; None: as dropout.
       pooling: for head "pooling": "mean" of the tokens seen, or the first token ("cls").
       normalize: for head "pooling": whether vectors are scaled to length 1.
+      further_modules: what sentence-transformers computes besides, which a head "pooling" refuses.
     """
 
     mlp_size: int
@@ -53,11 +54,17 @@ class BertConfig(EqualHeads, ModelConfig):
     head_dropout: float | None = None
     pooling: Literal["mean", "cls"] = "mean"
     normalize: bool = False
+    further_modules: tuple[str, ...] = ()
     model_type: str = "bert"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_heads()
+        if self.head == "pooling" and self.further_modules:
+            raise UserError(
+                f"this model computes {', '.join(self.further_modules)} besides its pooling, "
+                "which is not implemented"
+            )
         if self.head == "pooling" and self.pooling not in ("mean", "cls"):
             raise UserError(f"pooling={self.pooling!r} must be 'mean' or 'cls'.")
         if not self.tied:
@@ -111,7 +118,8 @@ def config_from_hf(hf: dict[str, Any]) -> BertConfig:
 
 def _pooling(settings: Mapping[str, Any]) -> dict[str, Any]:
     """How sentence-transformers pools, as `pretrained.folder` finds it beside config.json."""
-    return {key: settings[key] for key in ("pooling", "normalize") if key in settings}
+    found = {key: settings[key] for key in ("pooling", "normalize") if key in settings}
+    return {**found, "further_modules": tuple(settings.get("others", ()))}
 
 
 def config_to_hf(config: BertConfig) -> dict[str, Any]:

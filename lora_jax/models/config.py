@@ -41,7 +41,8 @@ class ModelConfig:
       remat: "none", "full" or "dots" (see `stack.scanned`).
       unroll: layers per iteration of the compiled loop; num_layers removes the loop; None: see
         `stack.iteration`.
-      attention: implementation of `jax.nn.dot_product_attention`: None, "xla" or "cudnn".
+      attention: None: `attention.attend`; "xla" or "cudnn": that implementation of
+        `jax.nn.dot_product_attention`.
       source: where the weights were loaded from; no part of equality, nor of config.json.
     """
 
@@ -145,6 +146,8 @@ def head_from_hf(hf: Mapping[str, Any], default: Head | None) -> dict[str, Any]:
     head = next((h for ending, h in _ENDINGS if architecture.endswith(ending)), default)
     if head != "classification":
         return {"head": head}
+    if hf.get("problem_type") == "multi_label_classification":
+        refuse(hf, ["problem_type 'multi_label_classification' (only one label a text)"])
     labels = optional(hf, "id2label", None)
     count = len(labels) if labels else optional(hf, "num_labels", 2)
     regression = hf.get("problem_type") == "regression" or count == 1

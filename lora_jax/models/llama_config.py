@@ -113,14 +113,17 @@ def config_from_hf(hf: dict[str, Any]) -> LlamaConfig:
     options: dict[str, Any] = {
         "attention_bias": kind in _BIASED and value("attention_bias", False),
         "mlp_bias": kind == "llama" and value("mlp_bias", False),
-        "window": hf.get("sliding_window") if kind == "mistral" else None,
+        # Left out, Mistral's window is this; null says that there is none.
+        "window": hf.get("sliding_window", 4096) if kind == "mistral" else None,
     }
+    # Left out, they are the family's default; null says as many as queries.
+    null = "num_key_value_heads" in hf and hf["num_key_value_heads"] is None
     return LlamaConfig(
         vocab_size=hf["vocab_size"],
         hidden_size=hf["hidden_size"],
         num_layers=hf["num_hidden_layers"],
         num_heads=heads,
-        num_kv_heads=value("num_key_value_heads", heads),
+        num_kv_heads=heads if null else value("num_key_value_heads", heads),
         head_dim=value("head_dim", hf["hidden_size"] // heads),
         mlp_size=hf["intermediate_size"],
         rope_theta=theta,

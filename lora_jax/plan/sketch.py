@@ -77,7 +77,7 @@ class Sketch(Workbench):
         if self.task.reads == "images":
             shape = self.model.config.image_shape
             return [{"image": np.zeros(shape, np.uint8), "label": 0}]
-        length = max(d.buckets, default=d.length)
+        length = d.length
         tokens = np.ones(length, np.int32)
         if self.task.head == "lm":
             return [{"tokens": tokens, "loss_mask": np.ones(length, np.float32)}]

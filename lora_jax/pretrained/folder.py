@@ -73,10 +73,15 @@ def _pooling(path: Path) -> dict[str, Any]:
         kinds = {m["type"].rsplit(".", 1)[-1]: m["path"] for m in modules}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path / 'modules.json'} is not sentence-transformers': {error}") from None
-    found: dict[str, Any] = {"normalize": "Normalize" in kinds}
+    known = ("Transformer", "Pooling", "Normalize")
+    others = [kind for kind in kinds if kind not in known]
+    found: dict[str, Any] = {"normalize": "Normalize" in kinds, "others": others}
     if "Pooling" in kinds:
         modes = read_json(path / kinds["Pooling"] / "config.json")
-        on = [k.removeprefix("pooling_mode_") for k, v in modes.items() if v is True]
+        if (mode := modes.get("pooling_mode")) is not None:  # from version 6 on
+            on = [mode] if isinstance(mode, str) else list(mode)
+        else:
+            on = [k.removeprefix("pooling_mode_") for k, v in modes.items() if v is True]
         named = {"mean_tokens": "mean", "cls_token": "cls"}
         on = [named.get(mode, mode) for mode in on if mode != "include_prompt"]
         found["pooling"] = on[0] if len(on) == 1 else "+".join(on)

@@ -211,10 +211,18 @@ def config_from_metadata(metadata: Mapping[str, Any], tied: bool) -> dict[str, A
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
     }
-    scaling = metadata.get(prefix + "rope.scaling.type", "none")
+    turned = metadata.get(prefix + "rope.dimension_count", config["head_dim"])
+    if turned != config["head_dim"]:
+        raise UserError(
+            f"the .gguf file turns {turned} of a head's {config['head_dim']} dimensions by RoPE; "
+            "only all of them are read"
+        )
+    # Without a type a factor is of the linear kind; older files have one key for both.
+    old = metadata.get(prefix + "rope.scale_linear", 0.0)
+    factor = metadata.get(prefix + "rope.scaling.factor", old)
+    scaling = metadata.get(prefix + "rope.scaling.type", "linear" if factor else "none")
     if scaling == "linear":
-        factor = metadata.get(prefix + "rope.scaling.factor", 1.0)
-        config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+        config["rope_scaling"] = {"rope_type": "linear", "factor": factor or 1.0}
     elif scaling != "none":
         raise UserError(
             f"the .gguf file uses {scaling!r} RoPE scaling, which is not read; "

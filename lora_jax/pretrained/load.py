@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ TOKENIZER_FILES = (
     "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
     "generation_config.json",
 )  # fmt: skip
+
+_HEAD = "lm_head.weight"
+_ROWS = 4096  # of a head that are compared with the embedding's at one time
 
 
 def open_source(source: str | os.PathLike[str]) -> TensorSource:
@@ -78,6 +81,7 @@ def load_pretrained(
     family = family_of(model)
     specs = family.tensors(model.config)
     prepared = view.under_our_names(opened, family, model.config)
+    _check_tied(prepared, model.config, specs)
     prepared = view.with_new_head(prepared, specs, seed=head_seed, replace=new_head)
     params = assemble(
         prepared,
@@ -88,6 +92,24 @@ def load_pretrained(
         ignored=family.ignored(model.config),
     )
     return model, params
+
+
+def _check_tied(source: TensorSource, config: Any, specs: Sequence[TensorSpec]) -> None:
+    """UserError where a head that should be the embedding is stored, and is another matrix."""
+    stored = source.shapes
+    if config.head != "lm" or not config.tied or _HEAD not in stored:
+        return
+    embedding = next(s.name for s in specs if s.path == "embed/embedding")
+    same, size = stored[_HEAD] == stored.get(embedding), stored[_HEAD][0]
+    for start in range(0, size if same else 0, _ROWS):
+        rows = (slice(start, min(start + _ROWS, size)),)
+        same = same and np.array_equal(source.read(_HEAD, rows), source.read(embedding, rows))
+    if not same:
+        raise UserError(
+            f"{source.describe()}: config.json says that {_HEAD} is the embedding "
+            "(tie_word_embeddings), but the file holds another matrix: load it with tied=False, or "
+            "mend the config"
+        )
 
 
 def draw(

@@ -74,8 +74,8 @@ class Slot:
     def __init__(self, bench: Workbench, member: Member, folder: Path, cursors: Iterable[Cursor]):
         self.bench, self.member, self.folder = bench, member, folder
         self.experiment = member.experiment
-        claim(folder, to_dict(self.experiment))
         start = begin(bench, self.experiment)
+        claim(folder, to_dict(self.experiment))
         # Of the start only the method stays: its state is as large as all that trains.
         self.method, state = start.method, start.state
         self.own = jax.tree.map(
@@ -193,6 +193,7 @@ class Slot:
                 "tokens_per_second": speed,
                 "seconds": time.perf_counter() - self._began,
                 "converged": self.converged,
+                "resumed_at": self._resumed,
                 **extra,
             },
         )  # fmt: skip
@@ -204,6 +205,7 @@ class Slot:
             "status": status,
             "metrics": metrics,
             "seconds": time.perf_counter() - self._began,
+            "resumed_at": self._resumed,
             "seed": self.experiment.seed,
             "config": to_dict(self.experiment),
             **environment(),

@@ -27,7 +27,7 @@ from lora_jax import config as configs
 from lora_jax.errors import UserError
 from lora_jax.experiment import from_dict, to_dict
 from lora_jax.progress import drawable
-from lora_jax.runs import RESULT, environment, evaluate_base, write_json
+from lora_jax.runs import RESULT, environment, evaluate_base, one_process, write_json
 from lora_jax.sweeps import grid, planner, report, search, updates
 from lora_jax.sweeps.grid import Member
 from lora_jax.sweeps.prepare import Mode, Prepared, prepare
@@ -140,6 +140,7 @@ class Sweep:
         return self.members[0].experiment.data.task
 
     def run(self) -> dict[str, Any]:
+        one_process()
         began = time.perf_counter()
         waiting = self.waiting
         print(f"{len(self.members)} members, {len(waiting)} to run", flush=True)
@@ -201,10 +202,9 @@ class Sweep:
         return plans
 
     def _prepare(self, plan: planner.PackPlan) -> Prepared:
-        o = self.options
-        return prepare(
-            plan, self.bench(plan.members[0]), mode=o.mode, slots=o.slots, memory=o.memory
-        )
+        o, bench = self.options, self.bench(plan.members[0])
+        bench.check_evaluation()
+        return prepare(plan, bench, mode=o.mode, slots=o.slots, memory=o.memory)
 
     # Training.
 

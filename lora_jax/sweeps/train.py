@@ -68,7 +68,8 @@ class Trainer:
         self.update_seconds = 0.0
 
     def run(self) -> None:
-        """Until every member has a result. SIGTERM saves all slots and raises Interrupted."""
+        """Until every member has a result. SIGTERM or Ctrl-C saves all slots and raises
+        Interrupted."""
         try:
             with Terminated() as terminated:
                 self._fill()
@@ -77,7 +78,7 @@ class Trainer:
                     self._attend()
                     self._fill()
                     if terminated.seen and self._live():
-                        self._interrupt()
+                        self._interrupt(terminated.seen)
         finally:
             for index in self._live():
                 self._at(index).close()
@@ -261,7 +262,7 @@ class Trainer:
         self._slots[index] = None
         self._done(member, result)
 
-    def _interrupt(self) -> None:
+    def _interrupt(self, number: int) -> None:
         self._read()
         where, step = None, 0
         for index in self._live():
@@ -270,4 +271,4 @@ class Trainer:
             if slot.diverged_at is None:
                 self._save(slot, self._own(index), None)
             where, step = slot.folder, slot.step
-        raise Interrupted(step, where)
+        raise Interrupted(step, where, number)

@@ -33,6 +33,11 @@ class Dora(Rescaled):
       gain: g = m / ‖V‖, along V's output axes.
     """
 
+    def dense(self) -> jax.Array:
+        w = densify(self.w.w)
+        v = w.astype(wide(w.dtype)) + self.w.delta()  # rounded once, after the factor
+        return (v * self.factor()).astype(w.dtype)
+
     def _product(self, name: str, args: Sequence[Any], at: int, params: Any) -> Any:
         rule = getattr(Rescaled, f"rule_{name}")
         if self.w.key is None:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.tensors import products, structure
-from lora_jax.tensors.base import Over, WeightError, densify, stacked
+from lora_jax.tensors.base import Over, WeightError, densify, stacked, wide
 
 _STATIC: dict[str, Any] = {"static": True}
 
@@ -73,10 +73,11 @@ class LowRank(Over):
 
     def dense(self) -> jax.Array:
         w = densify(self.w)
-        return (w.astype(jnp.float32) + self.delta()).astype(w.dtype)
+        return (w.astype(wide(w.dtype)) + self.delta()).astype(w.dtype)
 
     def delta(self) -> jax.Array:
-        """s·A·B, float32, shaped and ordered like W."""
+        """s·A·B, float32 or the factors' wider type, shaped and ordered like W."""
+        dtype = wide(jnp.promote_types(self.a.dtype, self.b.dtype))
         names: dict[int | None, str] = dict(zip(range(-self.ndim, 0), string.ascii_letters))  # noqa: B905
         names[None] = "Z"
         first = "".join(names[i] for i in self.a_axes())
@@ -85,8 +86,8 @@ class LowRank(Over):
         out = [i for i in range(-self.ndim, 0) if names[i] in first + second]
         product = jnp.einsum(
             f"{first},{second}->{''.join(names[i] for i in out)}",
-            jnp.asarray(self.a, jnp.float32),
-            jnp.asarray(self.b, jnp.float32),
+            jnp.asarray(self.a, dtype),
+            jnp.asarray(self.b, dtype),
         )
         product = jnp.expand_dims(
             product, [i + self.ndim for i in range(-self.ndim, 0) if i not in out]

@@ -143,12 +143,11 @@ def gather(leaf: LowRank, args: Sequence[Any], at: int, params: Any) -> Any:
     if not plain:
         return NotImplemented
     base = apply_primitive("gather", [leaf.w, args[1]], 0, params)
-    a = leaf.dropped(leaf.a)
-    rows = jax.lax.gather(
-        a,
+    rows = jax.lax.gather(  # without dropout, which is of inputs: here those are indices
+        leaf.a,
         args[1],
         numbers,
-        (1, a.shape[-1]),
+        (1, leaf.a.shape[-1]),
         unique_indices=params["unique_indices"],
         indices_are_sorted=params["indices_are_sorted"],
         mode=params["mode"],

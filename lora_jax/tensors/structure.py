@@ -126,9 +126,25 @@ def reshape(leaf: LowRank, args: Sequence[Any], at: int, params: Any) -> Any:
 def _axis_groups(
     old: tuple[int, ...], new: tuple[int, ...]
 ) -> list[tuple[list[int], list[int]]] | None:
-    """Smallest runs of axes with equal products; None where unit axes make that ambiguous."""
-    if 1 in old or 1 in new:
+    """Smallest runs of axes with equal products; None where unit axes of `old` make that ambiguous.
+
+    A new unit axis, as of attention's one key head, goes with the axis behind it.
+    """
+    if 1 in old:
         return None
+    wide = [j for j, n in enumerate(new) if n != 1]
+    groups = _equal_runs(old, tuple(new[j] for j in wide))
+    if groups is None or not wide:
+        return groups
+    homes = [
+        next((k for k, w in enumerate(wide) if w >= j), len(wide) - 1) for j in range(len(new))
+    ]
+    return [(a, [j for j, k in enumerate(homes) if k in b]) for a, b in groups]
+
+
+def _equal_runs(
+    old: tuple[int, ...], new: tuple[int, ...]
+) -> list[tuple[list[int], list[int]]] | None:
     groups, i, j = [], 0, 0
     while i < len(old) and j < len(new):
         i2, j2 = i + 1, j + 1

@@ -39,8 +39,6 @@ _HOME = {
     "generate": "decoding",
     "decode": "decoding",
     "Sampling": "sampling",
-    "predict": "evaluation",
-    "mean_loss": "evaluation",
 }
 __all__ = sorted(_HOME)
 

@@ -1,9 +1,9 @@
-"""Predictions and losses over whole data sets, one compiled program a batch shape."""
+"""Batches of an evaluation: onto a mesh, through a model, and their rows back in order."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,31 +24,12 @@ def logits(model: Any, variables: Any, batch: Batch) -> jax.Array:
     return loss.outputs(model, variables, batch)
 
 
-def predict(
-    model: Any, variables: Any, batches: Iterable[Batch], *, mesh: Mesh | None = None
-) -> np.ndarray:
-    """float32 [N, C]: logits of a classifier, values [N, 1] of a regression; fillers left out.
-
-    Args:
-        model: with a classification or regression head.
-        variables: may hold low-rank and other weights; on `mesh` if one is given.
-        batches: of encoders, see `loss.outputs`. Results are in the order of `batch["rows"]`
-            where batches have it, else in that of the batches.
-        mesh: rows of every batch are spread over its data and fsdp axes. Batches must then hold
-            all rows on each process.
-
-    Raises UserError if there are no batches.
-    """
-    kept, found = [], []
-    for batch in batches:
-        found.append(_logits(model, variables, _place(batch, mesh), _everywhere(mesh)))
-        kept.append({k: np.asarray(v) for k, v in batch.items() if k in (ROWS, "weights")})
-    # Only now to the host: the device was never kept waiting.
-    return real_rows(kept, [np.asarray(x) for x in found])
-
-
 def real_rows(batches: Sequence[Batch], outputs: Sequence[np.ndarray]) -> np.ndarray:
-    """[N, …]: rows of `outputs` that are records, in the records' order; see `predict`."""
+    """[N, …]: rows of `outputs` that are records, in the records' order.
+
+    Rows whose weight is 0 or whose record is -1 are left out. The order is that of `batch["rows"]`
+    where batches have it, else that of the batches. Raises UserError if there are no batches.
+    """
     if not outputs:
         raise UserError("there are no batches to evaluate on; is the validation split empty?")
     rows, places = [], []
@@ -64,51 +45,20 @@ def real_rows(batches: Sequence[Batch], outputs: Sequence[np.ndarray]) -> np.nda
     return found[np.argsort(np.concatenate(places), kind="stable")] if places else found
 
 
-def mean_loss(
-    loss_fn: Any, variables: Any, batches: Iterable[Batch], *, mesh: Mesh | None = None
-) -> float:
-    """Sum of weighted losses over all batches, divided by the sum of all weights.
-
-    Args:
-        loss_fn: (variables, batch) -> (sum of weighted losses, sum of weights), as for
-            `make_step`. Compiled once per function *object* and shape: pass the same one again.
-        variables, mesh: as for `predict`.
-
-    Raises UserError if nothing has weight.
-    """
-    parts = [
-        _losses(loss_fn, variables, _place(batch, mesh), _everywhere(mesh)) for batch in batches
-    ]
-    total = sum(float(value) for value, _ in parts)
-    weight = sum(float(weight) for _, weight in parts)
-    if weight == 0:
-        raise UserError("no position of the batches carries loss; is the validation split empty?")
-    return total / weight
-
-
-def _place(batch: Batch, mesh: Mesh | None) -> dict[str, Any]:
+def placed(batch: Batch, mesh: Mesh | None) -> dict[str, Any]:
+    """A batch's inputs, without ROWS; where their number divides, rows lie over a mesh's data and
+    fsdp axes, else every device has them all."""
     inputs = {name: value for name, value in batch.items() if name != ROWS}
     if mesh is None:
         return inputs
-    placed = meshes.batch_sharding(mesh)
-    meshes.check_rows(inputs, mesh, 1)
-    return {name: jax.device_put(np.asarray(value), placed) for name, value in inputs.items()}
+    parts = math.prod(mesh.shape[name] for name in meshes.BATCH_AXES)
+    divides = all(x.shape[0] % parts == 0 for x in inputs.values())
+    where = meshes.batch_sharding(mesh) if divides else NamedSharding(mesh, PartitionSpec())
+    return {name: jax.device_put(np.asarray(x), where) for name, x in inputs.items()}
 
 
-def _everywhere(mesh: Mesh | None) -> NamedSharding | None:
-    return None if mesh is None else NamedSharding(mesh, PartitionSpec())
-
-
-def _replicated(x: Any, sharding: NamedSharding | None) -> Any:
-    # So that every process can read the whole result.
-    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "sharding"))
-def _logits(model: Any, variables: Any, batch: Batch, sharding: Any) -> jax.Array:
-    return _replicated(logits(model, variables, batch), sharding)
-
-
-@functools.partial(jax.jit, static_argnames=("loss_fn", "sharding"))
-def _losses(loss_fn: Any, variables: Any, batch: Batch, sharding: Any) -> Any:
-    return _replicated(loss_fn(variables, batch), sharding)
+def compiled(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
+    """(variables, batch of `placed`) -> outputs, of which every device of a mesh has the whole."""
+    if mesh is None:
+        return jax.jit(function)
+    return jax.jit(function, out_shardings=NamedSharding(mesh, PartitionSpec()))

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,25 +18,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lora_jax.errors import UserError
+from lora_jax.errors import Interrupted, UserError
 from lora_jax.training import mesh as meshes
 from lora_jax.training.checkpoints import Checkpoints, is_key
 from lora_jax.training.reports import Reporter, line_of
 from lora_jax.training.spectra import Row
 from lora_jax.training.step import State
-
-
-class Interrupted(SystemExit):
-    """The run got SIGTERM, saved and stopped. Uncaught, the process ends with status 143."""
-
-    def __init__(self, step: int, where: Path | None):
-        super().__init__(143)
-        self.step = step
-        self.where = where
-
-    def __str__(self) -> str:
-        saved = f"saved in {self.where}" if self.where else "not saved: no checkpoints were asked"
-        return f"interrupted after step {self.step}; {saved}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +39,7 @@ class FitResult:
         seconds: wall time of this process's part of the run.
         tokens_per_second: real tokens (no padding) a second, without the first step's compilation.
         converged: whether `patience` was at an end.
+        resumed_at: updates that earlier processes had done.
     """
 
     state: State
@@ -60,23 +49,33 @@ class FitResult:
     seconds: float
     tokens_per_second: float
     converged: bool
+    resumed_at: int
 
 
 class Terminated:
-    """True once SIGTERM arrived. Python allows handlers in the main thread only."""
+    """Notes SIGTERM and the first Ctrl-C; the second Ctrl-C stops at once, as ever.
+
+    Python allows handlers in the main thread only: elsewhere nothing is noted.
+
+    Attributes:
+        seen: the signal's number; 0: none came.
+    """
 
     def __init__(self) -> None:
-        self.seen = False
-        self._old: Any = None
-        self._main = threading.current_thread() is threading.main_thread()
+        self.seen = 0
+        self._old: dict[int, Any] = {}
 
     def __enter__(self) -> Terminated:
-        if self._main:
-            self._old = signal.signal(signal.SIGTERM, self._note)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._old[number] = signal.signal(number, self._note)
         return self
 
-    def _note(self, *_: Any) -> None:
-        self.seen = True
+    def _note(self, number: int, frame: Any) -> None:
+        self.seen = number
+        if number == signal.SIGINT:
+            print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+            signal.signal(number, self._old.pop(number))
 
     def __exit__(
         self,
@@ -84,8 +83,8 @@ class Terminated:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._main:
-            signal.signal(signal.SIGTERM, self._old)
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
 
 
 def fit(
@@ -125,7 +124,7 @@ def fit(
     Raises:
         UserError: the loss or its gradient is not finite, the data ended, or a checkpoint could
             not be written.
-        Interrupted: SIGTERM; the state is saved first.
+        Interrupted: SIGTERM or Ctrl-C; the state is saved first.
     """
     began = time.perf_counter()
     start, metrics = 0, {}
@@ -136,6 +135,12 @@ def fit(
         _resume_data(data, restored.data)
     with Reporter(workdir, start=start, steps=steps, progress=progress) as reporter:
         loop = _Loop(data, checkpoints, reporter, start)
+        if evaluate is not None and start and not metrics and _due(start, eval_every):
+            # It was stopped at this step, before the evaluation that was due.
+            if inspect is not None:
+                loop.inspect(start, inspect, frozen, state)
+            metrics = loop.evaluate(start, evaluate, frozen, state)
+            loop.save(start, state, metrics)
         done = converged(checkpoints, patience * eval_every)
         with Terminated() as terminated:
             for number in range(start + 1, steps + 1):
@@ -147,7 +152,7 @@ def fit(
                 loop.took(number, batch, values)
                 last = number == steps
                 # Asked once: a signal that comes later in this round is met by the next one.
-                stopping = terminated.seen and not last
+                stopping = bool(terminated.seen) and not last
                 evaluating = evaluate is not None and (last or _due(number, eval_every))
                 saving = last or evaluating or _due(number, save_every) or stopping
                 if saving or _due(number, log_every):
@@ -161,12 +166,12 @@ def fit(
                 elif saving:
                     loop.save(number, state, None)
                 if stopping:
-                    raise Interrupted(number, loop.settle())
+                    raise Interrupted(number, loop.settle(), terminated.seen)
         loop.settle()
     best = None if checkpoints is None else checkpoints.best
     best_metrics = {} if checkpoints is None or best is None else checkpoints.metrics(best)
     seconds = time.perf_counter() - began
-    return FitResult(state, metrics, best, best_metrics, seconds, loop.speed(), done)
+    return FitResult(state, metrics, best, best_metrics, seconds, loop.speed(), done, start)
 
 
 def _delete(state: State) -> None:

@@ -51,7 +51,7 @@ class Reporter:
             self._file = (self._directory / METRICS_FILE).open("a", encoding="utf-8")
             # purge_step hides the events of steps that will be done again.
             self._board = _board_writer()(
-                str(self._directory / "tensorboard"), purge_step=start + 1 if start else None
+                str(self._directory / "tensorboard"), purge_step=start + 1
             )
         self._progress = Progress(
             TextColumn("step"),

@@ -207,3 +207,13 @@ def test_all_problems_come_in_one_message() -> None:
 def test_unknown_family_names_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean llama"):
         family_for("lama")
+
+
+def test_what_is_left_out_and_what_is_null_are_two_things() -> None:
+    """transformers' MistralConfig: a window of 4096 and 8 key heads by default, null for none and
+    for as many as queries."""
+    mistral = HF | {"model_type": "mistral", "num_attention_heads": 16, "hidden_size": 32}
+    left_out = config_from_hf(mistral)
+    assert (left_out.window, left_out.num_kv_heads) == (4096, 8)
+    null = config_from_hf(mistral | {"sliding_window": None, "num_key_value_heads": None})
+    assert (null.window, null.num_kv_heads) == (None, 16)

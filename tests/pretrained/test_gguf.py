@@ -13,7 +13,7 @@ from random_llama import TINY
 
 import lora_jax as lj
 from lora_jax.pretrained import load_pretrained, load_tokenizer, save_pretrained
-from lora_jax.pretrained.gguf_file import GGUFFile, _hf_name
+from lora_jax.pretrained.gguf_file import GGUFFile, _hf_name, config_from_metadata
 from lora_jax.pretrained.load import hf_tensors
 
 gguf = pytest.importorskip("gguf")
@@ -125,3 +125,31 @@ def test_tokenizer_is_saved_beside_the_model(tmp_path, tiny, smollm2):
     assert saved.encode(text) == ours.encode(text)
     assert (saved.eos_id, saved.bos_id, saved.pad_id) == (ours.eos_id, ours.bos_id, ours.pad_id)
     assert saved.chat_template == ours.chat_template
+
+
+LLAMA = {
+    "llama.attention.head_count": 4, "llama.embedding_length": 32, "llama.feed_forward_length": 8,
+    "llama.block_count": 1, "llama.context_length": 64, "llama.vocab_size": 10,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("further", "factor"),
+    [
+        ({}, None),
+        ({"rope.scale_linear": 4.0}, 4.0),  # the key of older files
+        ({"rope.scaling.factor": 2.0}, 2.0),  # of the linear kind, where no type is told
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}, 8.0),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 8.0}, None),
+    ],
+)
+def test_rope_scaling_in_each_of_its_forms(further, factor):
+    found = config_from_metadata(LLAMA | {f"llama.{k}": v for k, v in further.items()}, True)
+    scaling = found.get("rope_scaling")
+    assert scaling == (factor and {"rope_type": "linear", "factor": factor})
+
+
+def test_rope_on_a_part_of_a_head_is_refused():
+    with pytest.raises(lj.UserError, match="turns 4 of a head's 8 dimensions"):
+        config_from_metadata(LLAMA | {"llama.rope.dimension_count": 4}, True)

@@ -199,3 +199,28 @@ def test_how_a_folder_pools_is_read(tmp_path):
     with pytest.raises(lj.UserError, match="pooling='max_tokens' must be"):
         load_pretrained(tmp_path, head="pooling")
     load_pretrained(tmp_path, head=None)
+
+
+def test_what_sentence_transformers_writes_and_computes_now(tmp_path):
+    """Version 6's form of a pooling, and modules besides it."""
+    saved(tmp_path, BERT)
+    names = ["Transformer", "Pooling", "Dense"]
+    modules = [{"type": f"sentence_transformers.models.{n}", "path": n} for n in names]
+    (tmp_path / "modules.json").write_text(json.dumps(modules[:2]))
+    (tmp_path / "Pooling").mkdir()
+    for mode in ("cls", ["mean"]):
+        content = {"embedding_dimension": 8, "pooling_mode": mode, "include_prompt": True}
+        (tmp_path / "Pooling" / "config.json").write_text(json.dumps(content))
+        model, _ = load_pretrained(tmp_path, head="pooling")
+        assert model.config.pooling == ("cls" if mode == "cls" else "mean")
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    load_pretrained(tmp_path, head="classification", num_labels=2)
+    with pytest.raises(lj.UserError, match="computes Dense besides its pooling"):
+        load_pretrained(tmp_path, head="pooling")
+
+
+def test_several_labels_a_text_are_refused():
+    several = {"problem_type": "multi_label_classification", "id2label": {"0": "a", "1": "b"}}
+    hf = BERT | several | {"architectures": ["BertForSequenceClassification"]}
+    with pytest.raises(lj.UserError, match="only one label a text"):
+        build_model(hf)

@@ -202,3 +202,18 @@ def test_unmerged_parameters_are_not_saved(tmp_path, tiny):
     variables = method.combine(params, method.init(jax.random.key(0), params))
     with pytest.raises(lj.UserError, match="merge first"):
         save_pretrained(tmp_path / "x", model, variables["params"])
+
+
+def test_a_tied_head_of_another_matrix_is_not_dropped(tmp_path):
+    """As transformers, which does not tie two tensors that differ."""
+    model, params = random_model(tie_word_embeddings=False)
+    save_pretrained(tmp_path, model, params)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(lj.UserError, match="load it with tied=False"):
+        load_pretrained(tmp_path)
+    equal(load_pretrained(tmp_path, tied=False)[1], params)
+    load_pretrained(tmp_path, head="classification", num_labels=2)  # which has no such head
+    copied = {"lm_head.weight": np.asarray(params["embed"]["embedding"])}
+    rewrite(tmp_path, lambda tensors: tensors.update(copied))
+    assert "head" not in load_pretrained(tmp_path)[1]

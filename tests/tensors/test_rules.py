@@ -119,6 +119,7 @@ VIEWS = {
         lambda c, w: (jnp.tanh(w.T @ (w @ c)), None), x, jnp.broadcast_to(w, (3, 4, 6))
     )[0],
     "heads": lambda w, x: jnp.einsum("inh,nhc->ic", w.reshape(4, 2, 3), x.reshape(2, 3, -1)),
+    "one head": lambda w, x: jnp.einsum("inh,nhc->ic", w.reshape(4, 1, 6), x[None]),
 }
 
 
@@ -177,6 +178,12 @@ def test_ragged_dot_of_experts(shared):
 def test_rows_of_an_embedding(mode):
     tokens = jnp.array([[0, 3], [99, 1]])
     same(lambda w, t: jnp.take(w, t, axis=0, mode=mode, fill_value=0), leaf(), tokens)
+
+
+def test_a_lookup_has_no_dropout():
+    weight = leaf(key=jax.random.key(3), rate=jnp.asarray(0.5, jnp.float32))
+    rows = lj.adapt(lambda w: w[jnp.array([0, 3, 0])])(weight)
+    np.testing.assert_allclose(rows, weight.dense()[jnp.array([0, 3, 0])], atol=1e-6)
 
 
 @jax.custom_jvp

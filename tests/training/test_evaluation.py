@@ -1,4 +1,4 @@
-"""Predictions and mean losses over batches, with weights as leaves and on a mesh."""
+"""Batches of an evaluation: onto a mesh, and the rows of what comes back in the records' order."""
 
 import functools
 
@@ -9,7 +9,7 @@ import tiny
 
 from lora_jax.errors import UserError
 from lora_jax.tensors import LowRank, adapt
-from lora_jax.training import MeshConfig, chunked_loss, evaluation, make_mesh, mean_loss, predict
+from lora_jax.training import MeshConfig, evaluation, make_mesh
 
 
 @functools.cache
@@ -39,55 +39,41 @@ def low_rank_variables():
     }, table + 2.0 * a @ b
 
 
-@pytest.mark.parametrize("devices", [None, MeshConfig(data=2, fsdp=2)], ids=str)
+@pytest.mark.parametrize("devices", [None, MeshConfig(data=2, fsdp=2), MeshConfig(data=3)], ids=str)
 def test_predictions_are_those_of_the_records_in_order(devices):
+    """Rows that do not divide over the devices are computed by all of them."""
     variables, dense = low_rank_variables()
-    mesh = None if devices is None else make_mesh(devices)
-    found = predict(tiny.Head, variables, iter(batches()), mesh=mesh)
+    mesh = None
+    if devices is not None:
+        mesh = make_mesh(devices, jax.devices()[: devices.devices])
+    run = evaluation.compiled(adapt(functools.partial(evaluation.logits, tiny.Head)), mesh)
+    outputs = [run(variables, evaluation.placed(b, mesh)) for b in batches()]
+    if mesh is not None:
+        assert all(x.sharding.is_fully_replicated for x in outputs)
     # Only the first token of a row is attended to, and it is the record's number.
+    found = evaluation.real_rows(batches(), outputs)
     np.testing.assert_allclose(found, dense[:10], rtol=1e-5)
     assert found.dtype == np.float32
     without = [{k: v for k, v in b.items() if k != "rows"} for b in batches()]
     order = [3, 1, 9, 0, 2, 8, 4, 7, 5, 6]
-    np.testing.assert_allclose(predict(tiny.Head, variables, without), dense[np.array(order)])
+    found = evaluation.real_rows(without, outputs)
+    np.testing.assert_allclose(found, dense[np.array(order)], rtol=1e-5)
 
 
 def test_one_program_a_shape():
     traced = []
 
-    class Counting(tiny.Head):
-        @staticmethod
-        def apply(variables, tokens, **options):
-            traced.append(tokens.shape)
-            return tiny.Head.apply(variables, tokens, **options)
+    def counting(variables, batch):
+        traced.append(batch["tokens"].shape)
+        return evaluation.logits(tiny.Head, variables, batch)
 
-    variables, _ = low_rank_variables()
-    evaluation.predict(Counting, variables, batches())
-    evaluation.predict(Counting, variables, batches())
+    run, (variables, _) = evaluation.compiled(adapt(counting), None), low_rank_variables()
+    for _ in range(2):
+        for batch in batches():
+            run(variables, evaluation.placed(batch, None))
     assert sorted(set(traced)) == [(4, 3), (4, 5)] and len(traced) <= 4
-
-
-@pytest.mark.parametrize("devices", [None, MeshConfig(data=4)], ids=str)
-def test_mean_loss_weighs_tokens_not_batches(devices):
-    params = tiny.params()
-    trainable = jax.tree.map(lambda x: x + 0.1, tiny.METHOD.init(jax.random.key(0), params))
-    variables = tiny.METHOD.combine(params, trainable)
-    loss = functools.partial(chunked_loss, tiny.MODEL)
-    parts = [tiny.batch(0), tiny.batch(1)]
-    parts[1]["loss_mask"] = parts[1]["loss_mask"] * (np.arange(8) < 2)[:, None].astype(np.float32)
-    sums = [adapt(loss)(variables, part) for part in parts]
-    expected = (sums[0][0] + sums[1][0]) / (sums[0][1] + sums[1][1])
-    mesh = None if devices is None else make_mesh(devices)
-    found = mean_loss(loss, variables, parts, mesh=mesh)
-    assert found == pytest.approx(float(expected), rel=1e-5)
-    assert abs(found - np.mean([a / b for a, b in sums])) > 1e-4
 
 
 def test_nothing_to_evaluate():
     with pytest.raises(UserError, match="no batches"):
-        predict(tiny.Head, {}, [])
-    with pytest.raises(UserError, match="carries loss"):
-        mean_loss(lambda v, b: (0.0, 0.0), {}, [{}])
-    with pytest.raises(UserError, match="multiple of 3"):
-        mesh = make_mesh(MeshConfig(data=3), jax.devices()[:3])
-        predict(tiny.Head, low_rank_variables()[0], batches(), mesh=mesh)
+        evaluation.real_rows([], [])

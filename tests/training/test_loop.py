@@ -79,6 +79,54 @@ def test_interrupted_and_resumed_equals_undisturbed(tmp_path):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+class Stopped(tiny.Batches):
+    """Sends this process a signal while it gives the batch of a step."""
+
+    def __init__(self, step, number):
+        super().__init__()
+        self.step, self.number = step, number
+
+    def __next__(self):
+        if self.at == self.step - 1:
+            os.kill(os.getpid(), self.number)
+        return super().__next__()
+
+
+def test_an_evaluation_that_a_stop_came_before_is_made_up_for(tmp_path):
+    """A checkpoint without its metrics counted as an evaluation that was no better."""
+    seen = []
+
+    def better(frozen, state):
+        seen.append(int(state.step))
+        return {"loss": -float(state.step)}
+
+    options = {"evaluate": better, "eval_every": 2, "patience": 1}
+    with pytest.raises(Interrupted):
+        train(tmp_path, data=Stopped(4, signal.SIGTERM), **options)
+    resumed = train(tmp_path, **options)
+    assert seen == [2, 4, 6, 8] and not resumed.converged
+    assert (resumed.best_step, resumed.resumed_at) == (8, 4)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in rows if "eval/loss" in r] == [2, 4, 6, 8]
+
+
+def test_ctrl_c_saves_and_a_second_one_stops_at_once(tmp_path, capsys):
+    with pytest.raises(Interrupted, match=r"after step 5; saved in .*checkpoints/5") as stop:
+        train(tmp_path, data=Stopped(5, signal.SIGINT))
+    assert stop.value.code == 130 and "Ctrl-C again" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    class Twice(Stopped):
+        def __next__(self):
+            batch = super().__next__()
+            if self.at == self.step:
+                os.kill(os.getpid(), self.number)
+            return batch
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "again", data=Twice(3, signal.SIGINT))
+
+
 def test_a_finished_run_does_nothing_more(tmp_path):
     first = train(tmp_path, steps=3, evaluate=evaluate)
     again = train(tmp_path, steps=3, evaluate=evaluate, data=tiny.Batches())

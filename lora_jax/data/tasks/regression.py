@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
@@ -44,9 +45,12 @@ class Regression(Labelled):
         """The number."""
         label = field(record, self.label)
         try:
-            return float(label)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{self.label}={label!r} of a record is not a number.") from error
+            value = float(label)
+        except (TypeError, ValueError):
+            value = math.nan
+        if not math.isfinite(value):
+            raise UserError(f"{self.label}={label!r} of a record is not a finite number.")
+        return value
 
     def metrics(self, predictions: np.ndarray, records: Sequence[Record]) -> dict[str, float]:
         """`pearson`, `spearman`, and the mean squared error as `mse`. predictions: [N, 1]."""
