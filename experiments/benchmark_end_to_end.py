@@ -8,8 +8,8 @@ padded batch 8. Both packed arms see the very same batches and start, so that th
 
 Each arm has a process of its own (see end_to_end_arms.py), and they take turns of some steps;
 figures leave out compilation and first steps, which are reported apart. `--full` trains one epoch
-of each arm. Default: about 5 minutes on 2 cores. Limits: examples/s at least 1.8 times padded, 1.2
-times packed.
+of each arm. Default: about 5 minutes on 2 cores. `LIMITS` are what it aims at, in examples/s over
+each arm; `results/` says what was reached.
 """
 
 from __future__ import annotations

@@ -234,6 +234,7 @@ def main() -> None:
     if unknown := set(arms) - set(ARMS):
         raise SystemExit(f"no arm {', '.join(sorted(unknown))}; choose from {', '.join(ARMS)}")
     found: dict[str, Any] = {}
+    load = bench.warn_if_busy()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "base").mkdir()
@@ -256,7 +257,8 @@ def main() -> None:
         print(f"{what}: {ratio:.3f}")
     result = {
         "members": math.prod(map(len, _grid(options))), "steps": options.steps,
-        "batch": options.batch, "arms": found, "ratios": ratios, "command": " ".join(sys.argv),
+        "batch": options.batch, "arms": found, "ratios": ratios, "load_before": load,
+        "command": " ".join(sys.argv),
         "versions": bench.versions("jax", "torch", "transformers", "peft"),
     }  # fmt: skip
     if options.out:
