@@ -68,7 +68,9 @@ class Terminated:
     def __enter__(self) -> Terminated:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._old[number] = signal.signal(number, self._note)
+                # Whoever started a job in the background may have had it ignore Ctrl-C.
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._old[number] = signal.signal(number, self._note)
         return self
 
     def _note(self, number: int, frame: Any) -> None:

@@ -111,6 +111,16 @@ def test_an_evaluation_that_a_stop_came_before_is_made_up_for(tmp_path):
 
 
 def test_ctrl_c_saves_and_a_second_one_stops_at_once(tmp_path, capsys):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        _stop_by_ctrl_c(tmp_path, capsys)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as of a job in the background
+        train(tmp_path / "ignored", data=Stopped(5, signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _stop_by_ctrl_c(tmp_path, capsys):
     with pytest.raises(Interrupted, match=r"after step 5; saved in .*checkpoints/5") as stop:
         train(tmp_path, data=Stopped(5, signal.SIGINT))
     assert stop.value.code == 130 and "Ctrl-C again" in capsys.readouterr().err

@@ -49,7 +49,9 @@ class Regression(Labelled):
         except (TypeError, ValueError):
             value = math.nan
         if not math.isfinite(value):
-            raise UserError(f"{self.label}={label!r} of a record is not a finite number.")
+            raise UserError(
+                f"{self.label}={label!r} of a record is not a number, or not a finite one."
+            )
         return value
 
     def metrics(self, predictions: np.ndarray, records: Sequence[Record]) -> dict[str, float]:
