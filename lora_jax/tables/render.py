@@ -98,7 +98,7 @@ def _cells(filled: Filled) -> tuple[list[list[str]], list[str]]:
                 _measured(line),
                 _difference(line),
                 _params(line),
-                str(line.summary.n) if line.summary else "0",
+                str(_seeds(line)),
                 " ".join(f"[{m}]" for m in marks),
             ]
         )
@@ -111,7 +111,8 @@ def _notes_of(line: Line) -> list[str]:
         found.append(f"published: {line.cited.source}, {line.cited.status}")
         found += [line.cited.notes] if line.cited.notes else []
     if line.measured.reason:
-        found.append(f"{_absent(line)}: {line.measured.reason}")
+        standing = "" if line.measured.beyond else f"{line.standing}: "
+        found.append(standing + line.measured.reason)
     if line.measured.chosen:
         chosen = ", ".join(f"{k}={v}" for k, v in line.measured.chosen.items())
         found.append(f"chosen on the first seed: {chosen}")
@@ -125,14 +126,18 @@ def _published(line: Line) -> str:
     return number(line.cited.value) + std
 
 
-def _absent(line: Line) -> str:
-    return "failed" if line.measured.failed else "not run"
+def _seeds(line: Line) -> int:
+    if line.summary is None:
+        return len(line.measured.seeds) if line.measured.beyond else 0
+    return line.summary.n
 
 
 def _measured(line: Line) -> str:
-    summary = line.summary
+    summary, beyond = line.summary, line.measured.beyond
+    if summary is None and beyond is not None:
+        return f"{'>' if beyond[1] else '<'} {number(beyond[0])}"
     if summary is None:
-        return _absent(line)
+        return line.standing
     if math.isnan(summary.low):
         return number(summary.value)
     low, high = number(summary.low), number(summary.high)

@@ -133,6 +133,15 @@ class Line:
     measured: Measured
     summary: statistics.Summary | None
 
+    @property
+    def standing(self) -> str:
+        """One of "measured", "failed", "no number" (of runs that gave none) and "not run"."""
+        if self.summary is not None or self.measured.beyond is not None:
+            return "measured"
+        if self.measured.failed:
+            return "failed"
+        return "no number" if self.measured.seconds > 0 else "not run"
+
 
 @dataclasses.dataclass(frozen=True)
 class Filled:
@@ -163,13 +172,15 @@ class Filled:
 
 def _cells(line: Line) -> dict[str, object]:
     summary, cited = line.summary, line.cited
-    own = "measured" if summary is not None else "failed" if line.measured.failed else "not run"
+    if summary is None and line.measured.beyond is not None:  # an interval without a number
+        low, high = sorted(line.measured.beyond)
+        summary = statistics.Summary(math.nan, low, high, math.nan, len(line.measured.seeds))
     return {
         "row": line.row.row,
         "metric": line.row.metric,
         "published": None if cited is None else cited.value,
-        "status": own if cited is None else cited.status,
-        "measured": None if summary is None else summary.value,
+        "status": line.standing if cited is None else cited.status,
+        "measured": None if summary is None or math.isnan(summary.value) else summary.value,
         "low": None if summary is None or math.isnan(summary.low) else summary.low,
         "high": None if summary is None or math.isnan(summary.high) else summary.high,
         "seeds": 0 if summary is None else summary.n,

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from lora_jax import tables
@@ -105,6 +106,7 @@ def test_no_gain_over_the_head_is_an_outcome_and_no_failure(config: str, tmp_pat
         filled = tables.run(table, "small", tmp_path / "t", progress=False)
         assert not filled.failed
         assert "gains nothing over the head alone" in filled.lines[0].measured.reason
+        assert "no number: " in render.markdown(filled)
     assert not list((tmp_path / "t").rglob(f"*{smallest.FILE}"))
 
 
@@ -114,9 +116,12 @@ def test_what_no_size_reaches_says_so(config: str, tmp_path: Path) -> None:
     row = tables.Row("MLP", "d90", work)
     filled = tables.run(tables.Table("T", (row,), seeds=1), "small", tmp_path / "t", progress=False)
     cells = filled.frame().iloc[0]
-    assert cells["seeds"] == 0 and "not reached: the largest size run is 2" in (
-        filled.lines[0].measured.reason
-    )
+    # An interval without a number: what was run is no row that was not.
+    assert (cells["status"], cells["low"], cells["high"]) == ("measured", 2, math.inf)
+    assert pd.isna(cells["measured"]) and cells["seeds"] == 1
+    text = render.markdown(filled)
+    assert "| > 2 |" in text and "not reached: the largest size run is 2" in text
+    assert "not run" not in text
     assert filled.lines[0].measured.chosen == rates[1]
     found = smallest.load(Path(filled.lines[0].measured.place))
     assert found.threshold.target == 4.5
