@@ -5,8 +5,8 @@
 Counts and bytes at GPT-3's shape come from shapes alone. Latency is a forward pass of SmolLM2-135M
 (extra `quickstart`) over the base's, in turns in one process. The comparisons train SmolLM2 to
 pronounce for 40 steps of two rows; `GENERAL_TEXT` names a text file (say, Shakespeare's works)
-whose loss before and after tells what is forgotten. `small`: about an hour on 2 CPU cores;
-`smoke`: counts, one latency, one step.
+whose loss before and after tells what is forgotten. `small`: about 100 minutes on 2 CPU cores, 25
+of them latency; `smoke`: counts, one latency, one step.
 """
 
 import functools
@@ -212,5 +212,5 @@ def table(scale: str) -> Table:
             "Loss on general text is of the adapted model. A prefix or prompt that is taken away "
             "leaves the base as it was, and so does a LoRA that was not merged.",
         ),
-        cost="about an hour on 2 CPU cores",
+        cost="about 100 minutes on 2 CPU cores",
     )  # fmt: skip

@@ -3,20 +3,30 @@
     lora-jax table experiments/beyond_gradients.py --scale small --workdir runs/gradients
 
 For each case (task, model, targets): r90, the smallest rank of LoRA on these targets that reaches
-90 % of full fine-tuning's gain over the head alone, by a search; and, at the start, ranks of the
-gradient of the targets' weights under full fine-tuning, averaged over the first batches of the
-training data. Several notions of rank are tried, since none is the obvious one: stable, entropy and
-effective rank, the rank of 90 % of the energy, and the number of directions above the noise between
-batches (`lora_jax.analysis.gradients`). A case's is the mean over its matrices and seeds. Below,
-Spearman's correlation of each with r90 over the cases, whichever way it falls; figures: the points,
-and the energy curves beside those of the noise.
+90 % of the gain over the head alone that the search's largest rank gives; and, at the start, ranks
+of the gradient of the targets' weights under full fine-tuning, averaged over the first batches of
+the training data. Several notions of rank are tried, since none is the obvious one: stable, entropy
+and effective rank, the rank of 90 % of the energy, and the number of directions above the noise
+between batches (`lora_jax.analysis.gradients`). A case's is the mean over its matrices and seeds.
+Below, Spearman's correlation of each with r90 over the cases, whichever way it falls; figures: the
+points, and the energy curves beside those of the noise.
 
 Cases differ in their matrices' sizes too, which bound all of these ranks. All ranks of a case share
 one alpha and one learning rate, where the best rate hardly depends on the rank.
 
+The target was changed twice after a look: 90 % of the gain of training all matrices lay beyond what
+LoRA on one of them reached at any rank in 8 of 10 cases; of training that one matrix whole, in 5 of
+8: with one alpha a higher rank has smaller steps, and 300 updates end before it catches up. And on
+CoLA an epoch of 4,000 sentences gave full fine-tuning nothing: CoLA is left to `paper`, and MNIST
+got more networks.
+
+Measured so, `small`, 3 seeds, 15 cases: none of the six foretells r90. Spearman's ρ lies between
+−0.54 [−0.84, 0.00] (rank of 90 % energy) and 0.51 [−0.04, 0.82] (directions above noise), and every
+interval holds 0. What there is of an order points the other way: MiniLM's gradients spread over far
+more directions than those of the networks from a random start, and there rank 1 is already enough.
+
 `small`: fully connected networks and LeNet on MNIST from a random start, MiniLM-L6 (extra
-`minilm`) on SST-2 and CoLA: about 55 minutes on 2 CPU cores, by the speed of
-`experiments/rank_alpha_lr.py`; the same command goes on where it was. `paper`: more targets, five
+`minilm`) on SST-2; the same command goes on where it was. `paper`: more targets, five
 tasks, a finer search, for a GPU. `smoke`: four cases on 120 images. `MNIST_DIR` and `GLUE_DIR` name
 folders with TFDS's mnist and glue.
 """
@@ -52,7 +62,7 @@ RANKS = {
     "directions above noise": analysis.rank_above_noise,
 }
 NOISE = "noise's share of energy"
-TARGETS, RATE = "method.targets", "optimizer.learning_rate"
+TARGETS, SIZE, RATE = "method.targets", "method.rank", "optimizer.learning_rate"
 # The head trains whole in every run.
 LORA = {"method.kind": "lora", "method.alpha": 16.0, "method.train": ("^head/",)}
 ALONE = {"method.kind": "head_only"}
@@ -72,7 +82,7 @@ class Case:
 
     Attributes:
       config: of the task and model, by `path.py:arg`.
-      lora, full, head: overrides of the searched runs and of the two baselines.
+      lora, head: overrides of the searched runs and of the head alone.
       vary: what a seed sets besides `seed`.
       batches: of the first gradients, an even number.
       beside: targets of all cases with this model and task.
@@ -81,7 +91,6 @@ class Case:
     name: str
     config: str
     lora: Mapping[str, Any]
-    full: Mapping[str, Any]
     head: Mapping[str, Any]
     ladder: Ladder
     vary: Sequence[str]
@@ -99,9 +108,10 @@ class Case:
         ]  # fmt: skip
 
     def rows(self) -> list[Row]:
+        largest = Baseline({**self.lora, SIZE: self.ladder.high})
         search = Searched(
-            self.config, self.ladder, Baseline(self.full), self.lora, Baseline(self.head),
-            size="method.rank", name=R90, vary=self.vary,
+            self.config, self.ladder, largest, self.lora, Baseline(self.head),
+            size=SIZE, name=R90, vary=self.vary,
         )  # fmt: skip
         looked = functools.partial(Computed, self.look, seeded=True, name="gradients")
         return [
@@ -194,7 +204,6 @@ def mnist(
         f"MNIST, {name}",
         mnist_config(net=net, dimension=0),
         {**both, **LORA, RATE: 3e-3},
-        {**both, RATE: 1e-2 if smoke else 1e-3},
         {**both, **ALONE, RATE: 3e-3},
         Ladder(1, 4, points=2, ratio=1e9) if smoke else ladder,
         ("model.init_seed", "data.seed"), 2 if smoke else 8,
@@ -203,20 +212,18 @@ def mnist(
 
 
 def minilm(task: str, targets: Sequence[str], scale: str) -> list[Case]:
-    """MiniLM-L6: 120 steps of 16 sentences of SST-2, else an epoch of 4,000 sentences (on CoLA
-    fewer leave every run at the majority class)."""
+    """MiniLM-L6; `small`: 120 steps of 16 sentences."""
     whole = scale == "paper"
-    some = {"examples": 0 if whole else 4000, "batch": 32, "epochs": 3 if whole else 1}
-    both = {"training.eval_every": 0, "training.keep": "last"}
-    if task == "sst2" and not whole:
-        some["batch"] = 16
+    some = {"examples": 0 if whole else 4000, "batch": 32 if whole else 16,
+            "epochs": 3 if whole else 1}  # fmt: skip
+    both: dict[str, Any] = {"training.eval_every": 0, "training.keep": "last"}
+    if not whole:
         both |= {"training.steps": 120, "data.length": 32, "data.buckets": (16,),
                  "data.too_long": "truncate"}  # fmt: skip
     base = Case(
         f"{task.upper()}, MiniLM-L6",
         glue(task=task, **some),
         {**both, **LORA, RATE: 2e-3},
-        {**both, "method.kind": "full", RATE: 2e-4},
         {**both, **ALONE, RATE: 1e-2},
         Ladder(1, 64, points=4, ratio=1.3) if whole else Ladder(1, 64, points=3, ratio=9.0),
         ("data.seed", "training.dropout_seed"), 32 if whole else 8,
@@ -228,11 +235,12 @@ def cases(scale: str) -> list[Case]:
     layers = ("hidden_0$", "hidden_1$")
     if scale == "smoke":
         return mnist("fc", (*layers, "hidden_2$", r"hidden_\d$"), scale, (16, 16, 16))
-    found = [*mnist("fc", layers, scale, (50, 50)), *mnist("fc", layers, scale)]
-    found += mnist("lenet", ("conv_1$", "hidden_0$"), scale)
+    widths = (25, 50, 100, 200)
+    found = [case for n in widths for case in mnist("fc", layers, scale, (n, n))]
+    found += mnist("lenet", ("conv_1$", *layers), scale)
     every = ("attention/query$", "attention/value$", "mlp/up$", "mlp/down$")
     if scale == "small":
-        chosen = {"sst2": every, "cola": ("attention/value$", "mlp/up$")}
+        chosen = {"sst2": every}
     else:
         every += ("attention/key$", "attention/out$", "attention/(query|value)$",
                   "(attention|mlp)/(query|key|value|out|up|down)$")  # fmt: skip
