@@ -374,7 +374,8 @@ def rule_names(params: Any) -> dict[str, str]:
 
 
 def _whole(rank: Any) -> int:
-    if isinstance(rank, bool) or int(rank) != rank:
+    number = isinstance(rank, int | float | np.integer) and not isinstance(rank, bool)
+    if not number or int(rank) != rank:
         raise UserError(f"rank={rank!r} must be a whole number")
     return int(rank)
 
