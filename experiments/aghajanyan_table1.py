@@ -13,6 +13,11 @@ and is none of the d; LoRA's head trains whole beside its factors, and counts in
 embeddings are left out of the subspace there, and the four values of d stand far apart: most of an
 update is Fastfood's transforms. `GLUE_DIR` names a folder with TFDS's glue, if it is not in the
 usual place. `smoke`: a few steps.
+
+Measured so, `small`, 2 seeds: d90 = 161 [96, 796] by SAID and 215 [97, inf] by DID for the
+pretrained model; from random weights no d up to 10,000 reaches it: all runs stay at the majority
+class, where full fine-tuning reaches 0.69. Of the gain over the head alone, 1,194 [163, inf] and
+3,156 [164, inf]: the head alone has 0.70 there, full fine-tuning 0.80.
 """
 
 from collections.abc import Mapping, Sequence
