@@ -42,7 +42,16 @@ def _is_leaf(node: Any) -> bool:
 
 def flatten(tree: Any) -> dict[str, Any]:
     """The leaves of any pytree, keyed by path, in tree order. Weights and holes are leaves."""
-    pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)
+    return _by_path(tree, _is_leaf)
+
+
+def arrays(tree: Any) -> dict[str, Any]:
+    """What JAX itself takes for leaves, keyed by path, in tree order: the arrays within weights."""
+    return _by_path(tree, None)
+
+
+def _by_path(tree: Any, is_leaf: Callable[[Any], bool] | None) -> dict[str, Any]:
+    pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in pairs}
 
 

@@ -76,8 +76,8 @@ def _from_adapter(source: str, bench: Workbench, experiment: Experiment, method:
             f"config.method, at {odd[0]}; make them equal"
         )
     start = {**trainable, **loaded}
-    given = _leaves(saved.combine(bench.params, loaded))
-    taken = _leaves(method.combine(bench.params, start))
+    given = partition.arrays(saved.combine(bench.params, loaded))
+    taken = partition.arrays(method.combine(bench.params, start))
     odd = [n for n in {**given, **taken} if not _alike(given.get(n), taken.get(n))]
     odd = [n for n in odd if own_head or "head" not in n.split("/")]
     if odd:
@@ -86,11 +86,6 @@ def _from_adapter(source: str, bench: Workbench, experiment: Experiment, method:
             f"else, at {odd[0]}; give the method the adapter's kind, alpha and scaling"
         )
     return start
-
-
-def _leaves(variables: Any) -> dict[str, Any]:
-    pairs, _ = jax.tree_util.tree_flatten_with_path(variables)
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in pairs}
 
 
 def _alike(x: Any, y: Any) -> bool:

@@ -105,10 +105,7 @@ def sharding_of(shardings: Any, mesh: Mesh | None) -> Choice:
     if isinstance(shardings, Sharding):
         return lambda path, shape, stacked: shardings
     if isinstance(shardings, Mapping):
-        flat = {
-            jax.tree_util.keystr(p, simple=True, separator="/"): s
-            for p, s in jax.tree_util.tree_flatten_with_path(shardings)[0]
-        }
+        flat = partition.arrays(shardings)
 
         def look_up(path: str, shape: tuple[int, ...], stacked: bool) -> Sharding:
             if path not in flat:

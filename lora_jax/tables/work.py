@@ -183,8 +183,8 @@ class Trained:
         return Measured(values, params, spent, chosen, reason, place=str(folder))
 
     def _place(self) -> str:
-        """The same for all metrics of the same runs."""
-        return hashed([told(self.config), self.overrides, self.grid])
+        """The same for all metrics of the same runs, and for grids that share some of them."""
+        return hashed([told(self.config), self.overrides])
 
     def _value(self, result: Mapping[str, Any], metric: str) -> float:
         if metric not in result["metrics"]:

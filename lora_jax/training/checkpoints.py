@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+from lora_jax import partition
 from lora_jax.errors import UserError, nearest
 
 _POLICIES = ocp.training.preservation_policies
@@ -262,25 +263,19 @@ def _abstract(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def _flat(state: Any) -> dict[str, Any]:
-    pairs, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): jax.random.key_data(x)
-        if is_key(x)
-        else x
-        for path, x in pairs
-    }
+    flat = partition.arrays(state)
+    return {path: jax.random.key_data(x) if is_key(x) else x for path, x in flat.items()}
 
 
 def _unflat(like: Any, flat: dict[str, Any]) -> Any:
-    pairs, treedef = jax.tree_util.tree_flatten_with_path(like)
     leaves = []
-    for path, old in pairs:
-        new = flat[jax.tree_util.keystr(path, simple=True, separator="/")]
+    for path, old in partition.arrays(like).items():
+        new = flat[path]
         if is_key(old):
             impl = jax.random.key_impl(old) if isinstance(old, jax.Array) else None
             new = jax.random.wrap_key_data(new, impl=impl)
         leaves.append(new)
-    return jax.tree.unflatten(treedef, leaves)
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def _check(wanted: dict[str, Any], saved: dict[str, Any], where: Path) -> None:

@@ -16,7 +16,7 @@ Groups = tuple[tuple[str, float], ...]
 
 def check(groups: Groups, params: Any, what: str) -> None:
     """UserError for a pattern that matches no leaf of `params`, with near misses."""
-    names = [name for path, _ in _leaves(params) for name in partition.expand(path)]
+    names = [name for path in partition.arrays(params) for name in partition.expand(path)]
     for pattern, _ in groups:
         partition.compiled(pattern)
         if not any(_matches(pattern, name) for name in names):
@@ -34,7 +34,10 @@ def scale(groups: Groups) -> optax.GradientTransformation:
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        scaled = [leaf * multiplier(groups, path, leaf) for path, leaf in _leaves(updates)]
+        scaled = [
+            leaf * multiplier(groups, path, leaf)
+            for path, leaf in partition.arrays(updates).items()
+        ]
         return jax.tree.unflatten(jax.tree.structure(updates), scaled), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
@@ -49,7 +52,9 @@ def decay(rate: jax.Array, groups: Groups) -> optax.GradientTransformation:
             raise UserError("weight decay needs the parameters: tx.update(grads, state, params).")
         found = [
             leaf + rate.astype(x.dtype) * multiplier(groups, path, x) * x
-            for (path, x), leaf in zip(_leaves(params), jax.tree.leaves(updates), strict=True)
+            for (path, x), leaf in zip(
+                partition.arrays(params).items(), jax.tree.leaves(updates), strict=True
+            )
         ]
         return jax.tree.unflatten(jax.tree.structure(updates), found), state
 
@@ -73,11 +78,6 @@ def multiplier(groups: Groups, path: str, leaf: Any) -> Any:
             "different multipliers to them; use a regex that treats all its layers alike."
         )
     return np.asarray(values, np.float32).reshape(-1, *[1] * (leaf.ndim - 1)).astype(leaf.dtype)
-
-
-def _leaves(tree: Any) -> list[tuple[str, Any]]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in flat]
 
 
 def _matches(pattern: str, name: str) -> bool:

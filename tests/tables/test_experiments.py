@@ -221,20 +221,25 @@ def test_spread_over_rates(tmp_path: Path, monkeypatch: Any) -> None:
     errors = {3e-4: 0.5, 1e-3: 0.2, 3e-3: 0.25, 1e-2: 0.9}
 
     class Runs:
-        def __init__(self, rate: float):
-            self.rate = rate
+        def __init__(self, rates: tuple[float, ...]):
+            self.rates = rates
 
         def measure(self, folder: Path, seeds: list[int], progress: bool) -> Measured:
-            found = {s: errors[self.rate] + s for s in seeds if self.rate in errors}
+            found = {s: errors[r] * (s + 1) for r in self.rates for s in seeds if r in errors}
             return Measured(found)
 
-    monkeypatch.setattr(module, "runs_of", lambda name, metric, rates, steps: Runs(*rates))
-    cells = module.spread("LoRA", 40, tmp_path, 1)
-    assert cells[module.WORST]["value"] == pytest.approx(0.7)
-    assert cells["phoneme error rate, rate 0.01"]["value"] == pytest.approx(1.9)
+    monkeypatch.setattr(module, "runs_of", lambda name, metric, rates, steps: Runs(rates))
+
+    def values(rate: float | None = None) -> dict[int, float]:
+        measured = module.Spread("LoRA", 40, rate).measure(tmp_path, [0, 1], False)
+        return dict(measured.values)
+
+    assert values() == {0: pytest.approx(0.7), 1: pytest.approx(1.4)}
+    assert values(1e-2) == {0: 0.9, 1: 1.8}
     del errors[1e-2]
-    with pytest.raises(UserError, match="diverged at rate 0.01"):
-        module.spread("LoRA", 40, tmp_path, 1)
+    assert values(1e-2) == {}
+    with pytest.raises(UserError, match="diverged at rates 0.01"):
+        values()
 
 
 def test_houlsbys_searches_are_the_printed_ones() -> None:

@@ -151,6 +151,9 @@ def test_all_metrics_of_a_row_are_of_one_choice(tiny_config: Any, tmp_path: Path
     assert len({x.place for x in found}) == 1 and len({str(x.chosen) for x in found}) == 1
     members = list(Path(found[0].place).glob("members/*/result.json"))
     assert len(members) == 2  # nothing was trained for the second and third metric
+    single = tables.Trained(str(config), "general_loss", grid=grid[:1])  # nor for another grid
+    single.measure(tmp_path / "row", [0], False)
+    assert len(list((tmp_path / "row").glob("*/members/*"))) == 2
     by_rate = {r["config"]["optimizer"]["learning_rate"]: r["metrics"]
                for r in (json.loads(m.read_text()) for m in members)}  # fmt: skip
     rate = found[1].chosen["optimizer.learning_rate"]
