@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import copy
 import dataclasses
+import hashlib
 import importlib.util
 import sys
 import types
@@ -43,24 +44,34 @@ def load_module(spec: str) -> types.ModuleType:
     path = spec.partition(":")[0]
     if not Path(path).is_file():
         raise UserError(f"no config file {path!r}")
-    module_spec = importlib.util.spec_from_file_location("lora_jax_config", path)
+    full = Path(path).resolve()
+    name = f"lora_jax_config_{hashlib.sha256(str(full).encode()).hexdigest()[:12]}"
+    module_spec = importlib.util.spec_from_file_location(name, path)
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"{path!r} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
-    if (folder := str(Path(path).resolve().parent)) not in sys.path:
+    if (folder := str(full.parent)) not in sys.path:
         sys.path.append(folder)
+    sys.modules[name] = module  # dataclasses look their module up there
     module_spec.loader.exec_module(module)
     return module
 
 
 def parse_arg(arg: str, **defaults: Any) -> types.SimpleNamespace:
-    """`"steps=20,fast"` over typed defaults; an unknown key or a wrong type is a UserError."""
+    """`"steps=20,fast"` over typed defaults; an unknown key or a wrong type is a UserError.
+
+    A key alone is true, if it is one of a bool. Where the default is text, what is given is too.
+    """
     values = dict(defaults)
     for part in filter(None, arg.split(",")):
         key, equals, text = part.partition("=")
         if key not in defaults:
             raise UserError(f"config argument {key!r} is unknown; {nearest(key, defaults)}")
-        values[key] = convert(literal(text), type(defaults[key]), key) if equals else True
+        kind = type(defaults[key])
+        if not equals and kind is not bool:
+            raise UserError(f"config argument {key!r} needs a value: {key}=…")
+        given = (text if kind is str else literal(text)) if equals else True
+        values[key] = convert(given, kind, f"config argument {key!r}")
     return types.SimpleNamespace(**values)
 
 
@@ -71,7 +82,7 @@ def literal(text: str) -> Any:
         return words[text.lower()]
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
 
@@ -147,7 +158,7 @@ def _of_kind(value: Any, classes: Kinds, kinds: Mapping[str, Kinds], path: str) 
         raise UserError(f"{path} must be a mapping with a kind, not {value!r}")
     rest = dict(value)
     kind = rest.pop("kind", None)
-    if kind not in classes:
+    if not isinstance(kind, str) or kind not in classes:
         raise UserError(f"{path}.kind is {kind!r}; {nearest(str(kind), classes)}")
     return build(classes[kind], rest, kinds, path)
 
@@ -168,10 +179,14 @@ def convert(value: Any, hint: Any, path: str) -> Any:
                 return convert(value, option, path)
             except UserError:
                 continue
-    elif origin is typing.Literal and value in args:
+    elif origin is typing.Literal and any(value is x or value == x for x in args):
         return value
-    elif origin is tuple and isinstance(value, list | tuple):
+    elif hint is tuple and isinstance(value, list | tuple):
         return _frozen(value)
+    elif origin is tuple and isinstance(value, list | tuple):
+        each = (args[0],) * len(value) if args[1:] == (...,) else args
+        if len(each) == len(value):
+            return tuple(convert(x, t, path) for x, t in zip(value, each, strict=True))
     elif (origin or hint) in (dict, Mapping) and isinstance(value, Mapping):
         return dict(value)
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
@@ -180,7 +195,32 @@ def convert(value: Any, hint: Any, path: str) -> Any:
         isinstance(hint, type) and type(value) is hint
     ):
         return value
-    raise UserError(f"{path} must be {getattr(hint, '__name__', hint)}, not {value!r}")
+    raise UserError(f"{path} must be {_in_words(hint)}, not {value!r}{_advice(value, hint)}")
+
+
+def _in_words(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_in_words, args))
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(repr, args))
+    if origin is tuple:
+        if args[1:] == (...,):
+            return f"a list, of {_in_words(args[0])} each"
+        return f"a list of {len(args)}: {', '.join(map(_in_words, args))}"
+    return "none" if hint is type(None) else getattr(hint, "__name__", str(hint))
+
+
+def _advice(value: Any, hint: Any) -> str:
+    """For the end of a message: the nearest word, or how a number is written as text."""
+    options = typing.get_args(hint) or (hint,)
+    words = [x for o in (hint, *options) if typing.get_origin(o) is typing.Literal
+             for x in typing.get_args(o) if isinstance(x, str)]  # fmt: skip
+    if words and isinstance(value, str):
+        return f"; {nearest(value, words)}"
+    if str in options and (value is None or isinstance(value, int | float)):
+        return f"; in quotes, \"'{str(value).lower()}'\", it is text"
+    return ""
 
 
 def plain(value: Any) -> Any:

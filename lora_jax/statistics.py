@@ -69,13 +69,16 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Summary | None:
 def rank_correlation(x: Sequence[float], y: Sequence[float], level: float = 0.95) -> Summary | None:
     """Spearman's ρ of pairs, with an interval; None of fewer than 4, or where one never varies.
 
+    A pair with NaN is left out.
+
     The interval is normal in arctanh ρ with variance (1 + ρ²/2) / (n − 3) (Bonett and Wright 2000).
     Pairs in perfect order would have one of no width: its middle is taken half-way to the ρ of one
     swap of neighbours. Infinite values are the first or the last, and share a rank.
     """
     from scipy import stats
 
-    n = len(x)
+    pairs = [(a, b) for a, b in zip(x, y, strict=True) if not (math.isnan(a) or math.isnan(b))]
+    x, y, n = [a for a, _ in pairs], [b for _, b in pairs], len(pairs)
     if n < 4 or len(set(x)) < 2 or len(set(y)) < 2:
         return None
     value = float(np.corrcoef(stats.rankdata(x), stats.rankdata(y))[0, 1])

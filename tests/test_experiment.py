@@ -57,7 +57,14 @@ def test_run_eval_merge_export(folder, capsys):
         ("method.rnak=4", "did you mean rank"),
         ("method.kind=lroa", "did you mean lora"),
         ("optimizer.learning_rate=fast", "learning_rate must be float"),
-        ("data.loss=some", "loss"),
+        ("data.loss=some", "must be one of 'completion'"),
+        ("data.loss=al", "did you mean all"),
+        ("method.kind=[]", "kind is \\[\\]"),
+        ("method.train=[1]", "must be str, not 1; in quotes"),
+        ("data.buckets=('a',)", "must be int, not 'a'"),
+        ("optimizer.groups=('query',2.0)", "must be a list of 2: str, float, not 'query'"),
+        ("optimizer.groups=[['query']]", "must be a list of 2"),
+        ("model.source=none", "in quotes, \"'none'\", it is text"),
     ],
 )
 def test_bad_overrides_name_the_nearest(folder, override, message):
@@ -78,6 +85,27 @@ def test_quickstart_builds_and_is_complete():
     assert experiment.to_dict(again) == experiment.to_dict(parsed)
     with pytest.raises(UserError, match="did you mean steps"):
         config.load_file("configs/quickstart.py:step=20")
+
+
+def test_arguments_have_the_types_of_their_defaults():
+    defaults = {"folder": "", "steps": 3, "fast": False}
+    found = config.parse_arg("folder=2024,fast,steps=4", **defaults)
+    assert (found.folder, found.steps, found.fast) == ("2024", 4, True)
+    assert config.parse_arg("folder=none", **defaults).folder == "none"
+    assert config.literal("{[1]: 2}") == "{[1]: 2}"  # looks like Python and is none
+    for arg, message in (("steps", "needs a value"), ("folder", "needs a value"),
+                         ("steps=x", "must be int"), ("fast=1", "must be bool")):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            config.parse_arg(arg, **defaults)
+
+
+def test_a_config_file_may_define_dataclasses(tmp_path):
+    (tmp_path / "c.py").write_text(
+        "from __future__ import annotations\nimport dataclasses\n"
+        "@dataclasses.dataclass\nclass A:\n    x: int = 1\n"
+        "def get_config():\n    return {'seed': A().x}\n"
+    )
+    assert config.load_file(str(tmp_path / "c.py")) == {"seed": 1}
 
 
 def test_importing_the_package_loads_no_heavy_library():

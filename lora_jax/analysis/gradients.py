@@ -7,7 +7,8 @@ one place (such as the pretrained start). Three spectra say different things:
 - that of the mean with alternating signs, (G_1 − G_2 + G_3 − …) / K: what the batches share
   cancels in it, and their noise, independent between batches, is as large in it as in Ḡ. So a
   direction of Ḡ tells something only where its singular value stands above these;
-- that of all batches side by side, [G_1 … G_K] / √K: the directions that any of them wants.
+- that of all batches beside each other along the longer side, [G_1 … G_K] / √K where out is the
+  longer: the directions that any of them wants, on the shorter side.
 
 Batches are streamed: for a matrix two sums of its shape are kept, and a Gram matrix of its smaller
 side. Ranks and energy curves of a spectrum are those of `analysis.spectra`.
@@ -45,7 +46,8 @@ class FirstGradients(NamedTuple):
     Attributes:
       mean: [..., n], singular values of Ḡ.
       noise: [..., n], of the mean with alternating signs: a draw of the noise in Ḡ.
-      stacked: [..., n], of [G_1 … G_K] / √K: squares add up to the mean of ‖G_k‖_F². Below about
+      stacked: [..., n], of all G_k / √K beside each other along the longer side: squares add up to
+        the mean of ‖G_k‖_F². Below about
         √eps of the first nothing is accurate: they come from a Gram matrix.
       scatter: [...], Σ ‖G_k − Ḡ‖_F² / (K − 1): the variance of one batch's gradient, over all
         entries.

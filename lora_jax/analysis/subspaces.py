@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lora_jax.analysis.arrays import Array, dot, library, ratio, turned
+from lora_jax.errors import UserError
 
 
 def similarity(u: Array, v: Array, i: int, j: int) -> Array:
@@ -16,7 +17,12 @@ def similarity(u: Array, v: Array, i: int, j: int) -> Array:
     Args:
       u: [..., n, p] and v: [..., n, q], orthonormal columns in order of importance, such as the
         singular vectors of two A's. Their first i and j are compared.
+
+    Raises UserError for an i or j that is not among the columns.
     """
+    for count, columns in ((i, u.shape[-1]), (j, v.shape[-1])):
+        if not 1 <= count <= columns:
+            raise UserError(f"φ({i}, {j}) needs as many directions: there are {columns}")
     xp = library(u, v)
     overlap = dot(turned(u[..., :i]), v[..., :j])
     return xp.sum(overlap**2, axis=(-2, -1)) / min(i, j)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 from lora_jax.errors import UserError
-from lora_jax.sweeps.threshold import Run, Statistic, Target, crossing, curve
+from lora_jax.sweeps.threshold import Run, Statistic, Target, crossing, curve, enough
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,9 @@ def next_sizes(
     """The sizes of the next round, ascending; none are left once the search is over.
 
     It ends too where the largest size is below the target, or the smallest above it: there is
-    nothing to close in on.
+    nothing to close in on. Runs of sizes beyond the ladder do not count.
     """
+    runs = [r for r in runs if ladder.low <= r.size <= ladder.high]
     done = {r.size for r in runs}
     if missing := [s for s in ladder.grid() if s not in done]:
         return missing
@@ -56,7 +57,7 @@ def next_sizes(
     if not 0 < found < math.inf:
         return []
     # The curve is below the target at every size under the crossing.
-    above = int((sign * fit.fitted < sign * target.value).sum())
+    above = int((sign * fit.fitted < enough(sign * target.value)).sum())
     left, right = int(fit.sizes[above - 1]), int(fit.sizes[above])
     if right <= left * ladder.ratio:
         return []
@@ -73,7 +74,7 @@ def rounds(
     """All runs so far, after each round; `run` trains every seed of the sizes it is given.
 
     Args:
-      runs: what is there already, of an interrupted search.
+      runs: what is there already, of an interrupted search: all seeds of a size, or none.
     """
     have = list(runs)
     while sizes := next_sizes(have, target, ladder, statistic):

@@ -49,6 +49,11 @@ class Halving:
                     f"halving at {self.first} updates needs training.eval_every to divide it, "
                     f"not {every}"
                 )
+            if self.first >= member.experiment.training.steps:
+                raise UserError(
+                    f"halving at {self.first} updates comes too late: training.steps is "
+                    f"{member.experiment.training.steps}"
+                )
 
     def is_rung(self, step: int) -> bool:
         while step > self.first and step % self.eta == 0:
@@ -67,7 +72,7 @@ class Halving:
     def recalled(self, member: Member, step: int) -> tuple[str, float] | None:
         """(why it stops, its metric) of a member that an interrupted sweep left at this step."""
         value = self.seen.get(step, {}).get(member.name)
-        reason = None if value is None else self._reason(member, step, value)
+        reason = None if value is None else self._reason(member, step)
         return None if value is None or reason is None else (reason, value)
 
     def __call__(self, evaluated: list[tuple[Member, int, float]]) -> list[str | None]:
@@ -76,13 +81,15 @@ class Halving:
         for member, step, value in evaluated:
             if self.is_rung(step):
                 self.seen.setdefault(step, {})[member.name] = value
-        return [self._reason(member, step, value) for member, step, value in evaluated]
+        return [self._reason(member, step) for member, step, value in evaluated]
 
-    def _reason(self, member: Member, step: int, value: float) -> str | None:
+    def _reason(self, member: Member, step: int) -> str | None:
         if not self.is_rung(step):
             return None
-        ranked = sorted(map(self._cost, self.seen[step].values()))
-        place = ranked.index(self._cost(value)) + 1
+        seen = self.seen[step]
+        # Of equal ones, which are common early on, those that came first have the better place.
+        ranked = sorted(seen, key=lambda name: self._cost(seen[name]))
+        place = ranked.index(member.name) + 1
         if place <= max(1, len(ranked) // self.eta):
             return None
         return f"stopped by halving after {step} updates, {place} of {len(ranked)} so far"

@@ -204,6 +204,7 @@ class Slot:
         result = {
             "status": status,
             "metrics": metrics,
+            "trainable_params": self.method.count(self.bench.params).total,
             "seconds": time.perf_counter() - self._began,
             "resumed_at": self._resumed,
             "seed": self.experiment.seed,

@@ -108,14 +108,23 @@ class Smallest:
     def run(
         self, target: Target, folder: Path, options: Options | None = None, progress: bool = True
     ) -> Found:
-        """Trains what is missing in `folder`; the same call continues."""
+        """Trains what is missing in `folder`; the same call continues.
+
+        Raises UserError for options that leave members out or choose among them.
+        """
+        options = options or Options()
+        chosen = ("random", "halving", "optuna", "dry")
+        if odd := [name for name in chosen if getattr(options, name) not in (None, False)]:
+            raise UserError(
+                f"a search for a threshold runs every seed of its sizes to the end: no {odd[0]}"
+            )
         results: list[tuple[float, int, dict[str, Any]]] = []
         asked: list[int] = []
 
         def run(sizes: list[int]) -> list[Run]:
             asked.extend(sizes)
             # All sizes so far: those that are done are not run, and the tables show them too.
-            sweep = Sweep(self.base, self._overrides(asked), folder, options or Options(), progress)
+            sweep = Sweep(self.base, self._overrides(asked), folder, options, progress)
             if sweep.waiting:
                 sweep.run()
             metric = self.metric or sweep.task.principal

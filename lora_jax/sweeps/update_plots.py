@@ -62,10 +62,12 @@ def _against_metric(table: Table, updates: pd.DataFrame, folder: Path) -> Plot:
             axes.scatter(part[column], part[table.metric], s=18, color=colour, label=of.short(name))
     left.set(xlabel="effective scale s", ylabel=table.metric)
     plots.log_axis(left, frame["update.scale"])
-    right.set(xlabel="‖s·A·B‖ / ‖W‖, mean over matrices", xscale="log")
-    right.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
-    right.xaxis.set_major_formatter("{x:.3g}")
-    right.xaxis.set_minor_locator(ticker.NullLocator())
+    right.set(xlabel="‖s·A·B‖ / ‖W‖, mean over matrices")
+    if (frame["update.relative_norm"] > 0).any():  # NaN where a W is zero
+        right.set(xscale="log")
+        right.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+        right.xaxis.set_major_formatter("{x:.3g}")
+        right.xaxis.set_minor_locator(ticker.NullLocator())
     if split:
         right.legend(fontsize="small", title=split, title_fontsize="small")
     caption = f"{table.metric} over the effective scale and over the size of the update it led to"

@@ -191,9 +191,10 @@ def _note(found: Found, gain: bool, training: Any) -> str:
     t = found.target
     full = f"{sum(t.full) / len(t.full):.4g}"
     of = f"the gain from {sum(t.head_only) / len(t.head_only):.4g} to {full}" if gain else full
+    level = "95 %" if len({run.seed for run in found.runs}) > 2 else "some 90 %"
     text = (
-        f"{found.name}, with its 95 % bootstrap interval over seeds: the target is {t.value:.4g}, "
-        f"{t.fraction:g} of {of}"
+        f"{found.name}, with its {level} bootstrap interval over seeds: the target is "
+        f"{t.value:.4g}, {t.fraction:g} of {of}"
     )
     if found.threshold.low == 0 or found.threshold.high == math.inf:
         text += "; an end at 0 or inf lies beyond the sizes that were run"

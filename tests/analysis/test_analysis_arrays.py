@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lora_jax import analysis
+from lora_jax.errors import UserError
 
 RNG = np.random.default_rng(0)
 
@@ -115,6 +116,9 @@ def test_similarity_of_equal_nested_and_orthogonal_subspaces():
     assert analysis.similarity(u, u, 3, 8) == pytest.approx(1.0)  # nested, either way round
     assert analysis.similarity(u, u, 8, 3) == pytest.approx(1.0)
     assert analysis.similarity(u[:, :4], u[:, 4:], 4, 4) == pytest.approx(0.0)
+    for i, j in ((5, 4), (4, 5), (0, 4)):
+        with pytest.raises(UserError, match="there are 4"):
+            analysis.similarity(u[:, :4], u[:, :4], i, j)
     half = np.concatenate([u[:, :2], u[:, 6:]], 1)  # two directions of four in common
     assert analysis.similarity(u[:, :4], half, 4, 4) == pytest.approx(0.5)
 

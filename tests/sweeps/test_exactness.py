@@ -166,6 +166,7 @@ def test_a_diverging_member_disturbs_nobody(tiny_config, tmp_path):
     program = train_pack(members, tmp_path / "pack")
     bad = json.loads((tmp_path / "pack" / members[1].name / "result.json").read_text())
     assert bad["status"].startswith("diverged") and bad["metrics"] == {}
+    assert bad["trainable_params"] > 0
     assert not (tmp_path / "pack" / members[1].name / "adapter").exists()
     for member in (members[0], members[2]):
         alone = single_losses(program.bench, member).reshape(3, 4)

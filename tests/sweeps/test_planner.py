@@ -159,6 +159,15 @@ def test_halving_puts_what_is_not_a_number_last(tiny_config, higher):
     assert [r is None for r in reasons] == [False, True, False, True]
 
 
+def test_halving_of_equals_keeps_as_many(tiny_config):
+    """Early on many answer alike: the first to come go on, and no more than 1/eta."""
+    members = grid.members(tiny_config(), [{"seed": i} for i in range(8)])
+    for values, kept in (([0.5] * 8, {0, 1, 2, 3}), ([0.4] * 2 + [0.5] * 6, {2, 3, 4, 5})):
+        halving = search.Halving(1, 2, higher_is_better=True)
+        reasons = halving([(m, 1, v) for m, v in zip(members, values, strict=True)])
+        assert {i for i, r in enumerate(reasons) if r is None} == kept
+
+
 def test_optuna_that_is_missing_is_said_first(monkeypatch):
     from lora_jax.sweeps.sweep import Options
 
@@ -210,6 +219,8 @@ def test_halving_keeps_the_best_of_each_rung(tiny_config, tmp_path):
         search.Halving(2, 3, higher_is_better=False).check(
             grid.members(tiny_config(training={"steps": 9, "eval_every": 3}), [{}])
         )
+    with pytest.raises(UserError, match="comes too late"):
+        search.Halving(9, 3, higher_is_better=False).check(members)
 
 
 @dataclasses.dataclass

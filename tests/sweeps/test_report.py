@@ -132,6 +132,9 @@ def test_what_a_plot_of_updates_shows(tmp_path: Path, monkeypatch: pytest.Monkey
     spectrum = shown["update_spectra"].axes[0].lines[0]
     assert spectrum.get_ydata()[1] == pytest.approx(0.75e-2)  # halfway between the two layers
     assert update_plots.draw(table, pd.DataFrame(), tmp_path) == []
+    # Beside a W that is zero no update has a relative size.
+    update_plots.draw(table, made(frame()).assign(relative_norm=float("nan")), tmp_path)
+    shown["update_size"].savefig(tmp_path / "nan.png")
 
 
 def test_many_lines_are_the_best_of_the_rest(

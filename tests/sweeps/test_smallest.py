@@ -15,6 +15,7 @@ from lora_jax.errors import UserError
 from lora_jax.sweeps import smallest, smallest_plots
 from lora_jax.sweeps.ladder import Ladder
 from lora_jax.sweeps.smallest import Found, Smallest
+from lora_jax.sweeps.sweep import Options
 from lora_jax.sweeps.threshold import Run, Target, Threshold
 
 
@@ -99,6 +100,14 @@ def test_runs_without_a_metric(search: Smallest, tmp_path: Path) -> None:
     named = smallest.dataclasses.replace(search, metric="accurracy")
     with pytest.raises(UserError, match="no metric 'accurracy'; they have accuracy"):
         named.run(Target((1.0,)), tmp_path / "other")
+
+
+@pytest.mark.parametrize("options", [{"random": 9}, {"halving": (1, 2)}, {"dry": True}])
+def test_a_search_leaves_no_member_out(
+    search: Smallest, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError, match=f"no {next(iter(options))}"):
+        search.run(Target((1.0,)), tmp_path, Options(**options))
 
 
 def found(name: str, size: float | None, low: float, high: float) -> Found:

@@ -74,6 +74,25 @@ def test_nothing_is_extrapolated() -> None:
     assert above.tested == 1000 and above.low == 0.0
 
 
+@pytest.mark.parametrize("metric", [0.7, 0.03, 0.1 + 0.2])
+def test_an_ulp_does_not_decide(metric: float) -> None:
+    """A plateau on the target, one run or five a size: the mean of equal numbers is rounded."""
+    for seeds in (1, 5):
+        flat = [Run(s, i, metric) for s in (20, 40, 80) for i in range(seeds)]
+        rising = [*flat, *(Run(10, i, 0.01) for i in range(seeds))]
+        target = Target((metric,), fraction=1.0)
+        assert threshold(flat, target).status == "reached by the smallest"
+        found = threshold(rising, target)
+        assert found.size == pytest.approx(20) and found.tested == 20
+        assert next_sizes(rising, target, Ladder(10, 80, points=4, ratio=1.5)) == [14]
+
+
+def test_an_interval_needs_two_seeds_at_every_size() -> None:
+    runs = [Run(10, 0, 0.8), Run(100, 0, 0.88), Run(100, 1, 0.89), Run(1000, 0, 0.95)]
+    found = threshold(runs, Target((1.0,)))
+    assert found.size and (found.low, found.high) == (None, None)
+
+
 def test_a_dip_is_smoothed_and_the_published_rule_is_not() -> None:
     metrics = {10: 0.5, 20: 0.8, 40: 0.6, 80: 0.9}
     runs = [Run(s, 0, m) for s, m in metrics.items()]
@@ -102,6 +121,11 @@ def test_targets() -> None:
         Target((0.8,), head_only=(0.85,))
     with pytest.raises(UserError, match="fraction of a loss means nothing"):
         Target((0.8,), higher_is_better=False)
+    # 0.9 of -2 is better than -2, and of 0 anything is enough.
+    for full in ((-2.0,), (0.0, 0.0)):
+        with pytest.raises(UserError, match="full fine-tuning has"):
+            Target(full)
+        assert Target(full, head_only=(-3.0,)).value > -3.0
 
 
 def test_a_loss_is_the_mirror_image() -> None:
@@ -188,6 +212,11 @@ def test_the_ladder_closes_in(parts: int) -> None:
     assert next_sizes(have, target, ladder) == []
     # An interrupted search goes on where it was.
     assert next_sizes(have[:2], target, ladder) == [1000, 10_000]
+
+
+def test_a_run_beyond_the_ladder_leads_nowhere() -> None:
+    runs = [Run(s, 0, m) for s, m in ((1, 0.1), (10, 0.95), (100, 0.96), (1000, 0.97))]
+    assert next_sizes(runs, Target((1.0,)), Ladder(10, 1000, points=3)) == []
 
 
 def test_the_ladder_ends_where_there_is_nothing_to_close_in_on() -> None:

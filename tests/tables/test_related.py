@@ -24,6 +24,8 @@ def test_spearmans_rho_by_hand_and_with_ties() -> None:
     assert found.low < found.value < found.high <= 1 and found.n == 5
     beyond = rank_correlation([1, 2, 3, 4], [0.0, 0.0, 5.0, math.inf])
     assert beyond is not None and beyond.value == pytest.approx(4.5 / math.sqrt(5 * 4.5))
+    lacking = rank_correlation([1, 2, 9, 3, 4, 5], [10, 30, math.nan, 20, 50, 40])
+    assert lacking == found
 
 
 def test_perfect_order_of_few_is_no_certainty() -> None:
