@@ -49,6 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     def add(name: str, command: object, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(command=command)
+        # After the command, too; there it must not undo what stood before it.
+        sub.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS,
+                         help="show where an error came from")  # fmt: skip
         return sub
 
     run = add("run", _run, "train, evaluate and save what a config describes; resumes")
@@ -177,17 +180,17 @@ def _table(args: argparse.Namespace, overrides: list[str]) -> None:
     from lora_jax import tables
     from lora_jax.tables import kept, render
 
-    name, workdir = Path(args.experiment).stem, Path(args.workdir)
+    name, workdir = f"{Path(args.experiment).stem}_{args.scale}", Path(args.workdir)
     table = tables.load(args.experiment, args.scale)
     cost = table.declared_cost(args.scale)
     if cost and not args.quiet:  # before it is spent
         print(f"{table.title}. Declared cost: {cost}", flush=True)
+    known = kept.read([Path(p) for p in args.known], table, args.scale)
+    earlier = kept.earlier(workdir / f"{name}.json", table, args.scale)
     filled = tables.run(
         table, args.scale, workdir,
-        rows=args.rows, seeds=args.seeds, progress=not args.quiet,
-        known=kept.read([Path(p) for p in args.known], table, args.scale),
-        earlier=kept.earlier(workdir / f"{name}.json", table, args.scale),
-        after=lambda so_far: render.write(so_far, workdir, name),
+        rows=args.rows, seeds=args.seeds, progress=not args.quiet, known=known, earlier=earlier,
+        after=lambda so_far: render.write(so_far, workdir, name, {**earlier, **known}),
     )  # fmt: skip
     print(render.markdown(filled))
     print(f"{workdir / name}.csv, .md, .tex, .html and .json")

@@ -81,6 +81,15 @@ class Task(Protocol):
         ...
 
 
+_LOWER = ("loss", "error", "error_rate", "perplexity")
+
+
+def higher_is_better(task: Task, metric: str) -> bool:
+    """Of any metric: of the principal one as the task says, of the others by their names, which end
+    in one of `_LOWER` where less is better (`general_loss`)."""
+    return task.higher_is_better if metric == task.principal else not metric.endswith(_LOWER)
+
+
 class LanguageTask(Task, Protocol):
     """What is asked besides of a task whose head is "lm"."""
 

@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lora_jax.errors import UserError
@@ -18,21 +19,32 @@ from lora_jax.tables.work import Measured, Work, plain
 
 log = logging.getLogger(__name__)
 _FIELDS = ("trainable_params", "seconds", "chosen", "reason", "notes")
+_NEEDED = {"values", "summary", "runs", *_FIELDS}
 
 
-def text(filled: Filled) -> str:
-    """JSON of the rows whose runs gave something."""
-    places = list(dict.fromkeys(line.measured.where for line in filled.lines))
+def text(filled: Filled, before: Mapping[str, Measured] = MappingProxyType({})) -> str:
+    """JSON of the rows whose runs gave something.
+
+    Args:
+      before: what was there, by name. It stays where it has more seeds, or where a row fails now.
+    """
+    found = [(line.row, _fuller(line.measured, before.get(line.row.name))) for line in filled.lines]
+    places = list(dict.fromkeys(measured.where for _, measured in found))
     rows = {
-        line.row.name: {
-            "settings": settings(line.row.work),
-            **_kept(line.measured, places.index(line.measured.where)),
+        row.name: {
+            "settings": settings(row.work), **_kept(measured, places.index(measured.where)),
         }
-        for line in filled.lines
-        if line.measured.found
-    }
+        for row, measured in found
+        if measured.found
+    }  # fmt: skip
     content = {"title": filled.table.title, "scale": filled.scale, "rows": rows}
-    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+    return json.dumps(content, indent=1, allow_nan=False, default=plain) + "\n"
+
+
+def _fuller(now: Measured, before: Measured | None) -> Measured:
+    if before is None or (now.found and set(now.seeds) >= set(before.seeds)):
+        return now
+    return before
 
 
 def read(paths: Sequence[Path], table: Table, scale: str) -> dict[str, Measured]:
@@ -99,7 +111,12 @@ def _content(path: Path) -> Mapping[str, Any]:
         raise UserError(f"--known {path}: {error.strerror}") from error
     except ValueError:
         content = None
-    if not isinstance(content, dict) or not content.keys() >= {"title", "scale", "rows"}:
+    if not (
+        isinstance(content, dict)
+        and content.keys() >= {"title", "scale", "rows"}
+        and isinstance(content["rows"], dict)
+        and all(isinstance(x, dict) and x.keys() >= _NEEDED for x in content["rows"].values())
+    ):
         raise UserError(f"--known {path} is not the NAME.json that `lora-jax table` writes")
     return content
 

@@ -99,6 +99,11 @@ def glue(name: str, task: str) -> dict[str, Any]:
             f"preset {name!r} has dropout {found['cls_dropout']} before the classifier, which "
             "model.* cannot set"
         )
+    if found.get("warmup_steps"):
+        raise UserError(
+            f"preset {name!r} warms up for {found['warmup_steps']} steps in {task}, which is no "
+            "fraction: set optimizer.warmup_steps in a config of your own"
+        )
     rank = found["lora_r" if scripts else "lora_r_q"]
     decay = found.get("weight_decay")
     return {

@@ -13,6 +13,8 @@ import pandas as pd
 from lora_jax.errors import UserError, nearest
 
 _FOLDER = "published"
+# Columns of trainable parameters, and the unit that their cells lack.
+_PARAMS = {"trainable_params_M": "M", "params_M": "M", "trainable_params": "", "params": ""}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Cited:
       status: how far it was checked: "verified-primary" was read in the paper itself.
       source: paper and table.
       notes: what is odd about the table, or where its sources disagree.
+      params: trainable parameters as printed beside it ("0.3M"); "" where they are not.
     """
 
     value: float
@@ -31,6 +34,7 @@ class Cited:
     status: str
     source: str
     notes: str
+    params: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +61,22 @@ class Published:
         if not found[self.column]:
             raise UserError(f"{self.table}.csv has no number in {self.column!r} of {self.where}")
         about = index().loc[self.table]
-        std = found.get(f"{self.column}_std", "")
+        std = found.get(_std_of(found, self.column), "")
         return Cited(
             value=_number(found[self.column]) * self.times,
             std=float(std) * self.times if std else None,
             status=str(found.get("status") or about["status"]),
             source=f"{about['paper']}, {about['caption'].partition(':')[0]}",
             notes="; ".join(str(x) for x in (about["notes"], found.get("note")) if x),
+            params=next((found[c] + unit for c, unit in _PARAMS.items() if found.get(c)), ""),
         )
+
+
+def _std_of(found: pd.Series, column: str) -> str:
+    """Its name with `_std`; a column called `std` is of the one before it."""
+    columns = list(found.index)
+    after = columns[columns.index(column) + 1 :][:1]
+    return "std" if after == ["std"] else f"{column}_std"
 
 
 def row(table: str, where: Mapping[str, Any]) -> pd.Series:

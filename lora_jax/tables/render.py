@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from lora_jax.tables import kept
-from lora_jax.tables.table import Filled, Line
+from lora_jax.tables.table import Claim, Filled, Line
+from lora_jax.tables.work import Measured
 
 _HEADER = ("row", "metric", "published", "measured", "difference", "trainable", "seeds", "notes")
 
@@ -17,11 +20,11 @@ def markdown(filled: Filled) -> str:
     """The table with its footnotes, for a README or a terminal."""
     cells, notes = _cells(filled)
     lines = ["| " + " | ".join(_HEADER) + " |", "| " + " | ".join("---" for _ in _HEADER) + " |"]
-    lines += ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in cells]
-    parts = [f"### {filled.table.title}", "\n".join(lines), *_claims(filled)]
+    lines += ["| " + " | ".join(_md(c).replace("|", "\\|") for c in row) + " |" for row in cells]
+    parts = [f"### {_md(filled.table.title)}", "\n".join(lines), *map(_md, _claims(filled))]
     if notes:
-        parts.append("\n".join(f"{i}. {text}" for i, text in enumerate(notes, 1)))
-    return "\n\n".join([*parts, _foot(filled)]) + "\n"
+        parts.append("\n".join(f"{i}. {_md(text)}" for i, text in enumerate(notes, 1)))
+    return "\n\n".join([*parts, _md(_foot(filled))]) + "\n"
 
 
 def latex(filled: Filled) -> str:
@@ -58,15 +61,20 @@ def page(filled: Filled) -> str:
     )
 
 
-def write(filled: Filled, folder: Path, name: str) -> list[Path]:
-    """`name` with the ending of each form in `folder`, each whole or not at all, and figures."""
+def write(
+    filled: Filled, folder: Path, name: str, before: Mapping[str, Measured] = MappingProxyType({})
+) -> list[Path]:
+    """`name` with the ending of each form in `folder`, each whole or not at all, and figures.
+
+    `before`: see `kept.text`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     forms: dict[str, Callable[[], str]] = {
         "csv": lambda: filled.frame().to_csv(index=False),
         "md": lambda: markdown(filled),
         "tex": lambda: latex(filled),
         "html": lambda: page(filled),
-        "json": lambda: kept.text(filled),
+        "json": lambda: kept.text(filled, before),
     }
     paths = []
     for ending, form in forms.items():
@@ -123,7 +131,7 @@ def _published(line: Line) -> str:
     if line.cited is None:
         return "–"
     std = f" ± {number(line.cited.std)}" if line.cited.std is not None else ""
-    return number(line.cited.value) + std
+    return f"{line.cited.value:,.7g}{std}"  # as printed: no table has more digits
 
 
 def _seeds(line: Line) -> int:
@@ -155,7 +163,10 @@ def _difference(line: Line) -> str:
 def _params(line: Line) -> str:
     counted = line.measured.trainable_params
     shown = "–" if counted is None else f"{counted:,}"
-    return shown if line.row.formula is None else f"{shown} (formula {line.row.formula:,})"
+    beside = [] if line.row.formula is None else [f"formula {line.row.formula:,}"]
+    if line.cited is not None and line.cited.params:
+        beside.append(f"printed {line.cited.params}")
+    return f"{shown} ({', '.join(beside)})" if beside else shown
 
 
 def _claims(filled: Filled) -> list[str]:
@@ -163,15 +174,22 @@ def _claims(filled: Filled) -> list[str]:
     for claim, gap in filled.differences():
         what = f"{claim.better} − {claim.worse}, {claim.metric}"
         if gap is None:
-            found.append(f"{what}: not run")
+            found.append(f"{what}: {_unpaired(filled, claim)}")
         elif math.isnan(gap.low):
             found.append(f"{what}: {number(gap.value)} (one seed: no interval)")
         else:
             found.append(
-                f"{what}, paired over {gap.n} seeds: {number(gap.value)} "
-                f"[{number(gap.low)}, {number(gap.high)}]"
+                f"{what}, mean of the differences paired over {gap.n} seeds: {number(gap.value)} "
+                f"[95 %: {number(gap.low)}, {number(gap.high)}]"
             )
     return found
+
+
+def _unpaired(filled: Filled, claim: Claim) -> str:
+    """Why a claim has no difference."""
+    standings = {"not run" if line is None else line.standing for line in filled.of(claim)}
+    odd = sorted(standings - {"measured"})
+    return " and ".join(odd) if odd else "no values of one seed in both"
 
 
 def _foot(filled: Filled) -> str:
@@ -193,22 +211,38 @@ def number(x: float | None) -> str:
     """Four significant digits, with no exponent for what is readable without."""
     if x is None or math.isnan(x):
         return "–"
-    return f"{x:,.0f}" if abs(x) >= 1e4 else f"{x:.4g}"
+    return f"{x:,.0f}" if abs(x) >= 9999.5 else f"{x:.4g}"
 
 
+# A tag, which a page would swallow, and emphasis; words_with_underscores are none.
+_MARKS = re.compile(r"[*`\\]|<(?=[A-Za-z/!?])")
+
+
+def _md(text: str) -> str:
+    return _MARKS.sub(r"\\\g<0>", text)
+
+
+_GREEK = {
+    "α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "varepsilon", "η": "eta",
+    "θ": "theta", "κ": "kappa", "λ": "lambda", "μ": "mu", "π": "pi", "ρ": "rho", "σ": "sigma",
+    "τ": "tau", "φ": "varphi", "ω": "omega", "Σ": "Sigma", "Φ": "Phi",
+}  # fmt: skip
 # What pdflatex takes for something else, or has no letter for. A "[" at the start of a row would be
 # an argument of the line break before it.
 _TEX = str.maketrans(
     {
         "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$",
-        "{": r"\{", "}": r"\}", "^": r"\^{}", "~": r"\~{}", "[": "{[}", "±": r"$\pm$", "−": "$-$",
-        "–": "--", "<": "$<$", ">": "$>$", "|": r"\textbar{}", "·": r"$\cdot$", "×": r"$\times$",
+        "{": r"\{", "}": r"\}", "^": r"\^{}", "~": r"\~{}", "[": "{[}", "*": "{*}",
+        "±": r"$\pm$", "−": "$-$",
+        "–": r"\textendash{}", "<": "$<$", ">": "$>$", "|": r"\textbar{}", "·": r"$\cdot$",
+        "×": r"$\times$",
         "‖": r"$\Vert$", "√": r"$\surd$", "²": "$^2$", "ᵀ": r"$^\top$", "Δ": r"$\Delta$",
-        "λ": r"$\lambda$", "φ": r"$\varphi$", "ρ": r"$\rho$", "σ": r"$\sigma$",
-        "≤": r"$\leq$", "≥": r"$\geq$", "…": r"\dots{}", "→": r"$\to$",
+        "≤": r"$\leq$", "≥": r"$\geq$", "≈": r"$\approx$", "∞": r"$\infty$", "∈": r"$\in$",
+        "…": r"\dots{}", "→": r"$\to$",
+        **{letter: f"$\\{name}$" for letter, name in _GREEK.items()},
     }
 )  # fmt: skip
 
 
 def _tex(text: str) -> str:
-    return text.translate(_TEX)
+    return text.translate(_TEX).replace("--", "-{}-")  # two hyphens would be a dash

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_jax.data.examples import higher_is_better
 from lora_jax.errors import UserError
 from lora_jax.experiment import to_dict
 from lora_jax.methods.subspace import Subspace
@@ -95,7 +96,8 @@ class Searched:
             self.head_only, baselines, seeds, progress
         )  # fmt: skip
         try:
-            target = Target(full, head, self.fraction, task.higher_is_better)
+            up = higher_is_better(task, self.metric or task.principal)
+            target = Target(full, head, self.fraction, up)
         except UserError as error:  # what the baselines gave, and they would give it again
             place.mkdir(parents=True, exist_ok=True)
             spent = self._spent(place, time.perf_counter() - began, 0)

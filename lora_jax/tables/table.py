@@ -153,7 +153,8 @@ class Filled:
 
     def frame(self) -> pd.DataFrame:
         """`COLUMNS`, a row a line; empty cells where there is nothing."""
-        return pd.DataFrame([_cells(line) for line in self.lines], columns=list(COLUMNS))
+        cells = pd.DataFrame([_cells(line) for line in self.lines], columns=list(COLUMNS))
+        return cells.astype({"trainable_params": "Int64"})  # whole beside empty cells
 
     @property
     def failed(self) -> tuple[Line, ...]:
@@ -162,12 +163,15 @@ class Filled:
 
     def differences(self) -> list[tuple[Claim, statistics.Summary | None]]:
         """Each claim with the paired difference better - worse over common seeds."""
-        values = {(x.row.row, x.row.metric): x.measured.values for x in self.lines}
         return [
-            (c, statistics.paired(values.get((c.better, c.metric), {}),
-                                  values.get((c.worse, c.metric), {})))
+            (c, statistics.paired(*(x.measured.values if x else {} for x in self.of(c))))
             for c in self.table.claims
-        ]  # fmt: skip
+        ]
+
+    def of(self, claim: Claim) -> list[Line | None]:
+        """The lines of a claim, the better first; None for one that is yet to come."""
+        lines = {(x.row.row, x.row.metric): x for x in self.lines}
+        return [lines.get((name, claim.metric)) for name in (claim.better, claim.worse)]
 
 
 def _cells(line: Line) -> dict[str, object]:
@@ -220,7 +224,7 @@ def run(
 
     Args:
       rows: regex of the rows to measure, over "label / metric"; the others stand as they were
-        `earlier`, or as not run.
+        `earlier`, with the seeds they had, or as not run.
       seeds: in place of the table's own number.
       known: rows that are measured already, by name: see `kept.read`. Those that have all seeds are
         not run; one that follows from others (`Following`) is made anew from what is there now.
@@ -241,16 +245,19 @@ def run(
     follow = {row.name for row in table.rows if isinstance(row.work, Following)}
     final = {name: measured for name, measured in of(known).items() if name not in follow}
     there = {**of(earlier), **final}
+    out = {r.name for r in table.rows if not wanted.search(r.name)}
+    # A row that is left out stands with all seeds it has.
+    there |= {name: x for name, x in {**earlier, **known}.items() if name in out - follow}
     lines = {r.name: _line(table, r, there[r.name]) for r in table.rows if r.name in there}
 
     def filled() -> Filled:
         return Filled(table, scale, tuple(lines[r.name] for r in table.rows if r.name in lines))
 
     for row in table.rows:
-        if row.name not in final and wanted.search(row.name):
+        if row.name not in final and row.name not in out:
             work = row.work
             if isinstance(work, Following):
-                has = {n: x.measured for n, x in lines.items() if x.measured.found}
+                has = of({n: x.measured for n, x in lines.items() if x.measured.found})
                 work = work.given(has)
             measured = _measure(row.name, work, workdir / scale / row.folder, numbers, progress)
             lines[row.name] = _line(table, row, measured)
@@ -263,7 +270,7 @@ def run(
 def _pattern(rows: str, table: Table) -> re.Pattern[str]:
     try:
         wanted = re.compile(rows)
-    except re.error as error:
+    except (re.error, OverflowError) as error:
         raise UserError(f"--rows {rows!r} is no regular expression: {error}") from error
     names = [row.name for row in table.rows]
     if not any(wanted.search(name) for name in names):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from lora_jax import config as configs
+from lora_jax.data.examples import higher_is_better
 from lora_jax.errors import UserError
 from lora_jax.experiment import to_dict
 from lora_jax.plan.sketch import Sketch
@@ -164,7 +165,7 @@ class Trained:
                 spent = self._spent(folder, seconds)
                 return Measured({}, None, spent, {}, "every run of the grid diverged",
                                 place=str(folder))  # fmt: skip
-            best = max(scored) if sweep.task.higher_is_better else min(scored)
+            best = max(scored) if higher_is_better(sweep.task, metric) else min(scored)
             chosen = self.grid[best[1]]
         elif self.grid:
             chosen = self.grid[0]
@@ -179,8 +180,10 @@ class Trained:
                 continue
             values[seed], params = self._value(result, metric), result["trainable_params"]
         reason = "" if values else "every run diverged"
+        lost = [str(seed) for seed in seeds if seed not in values]
+        notes = (f"diverged, and left out: seed {', '.join(lost)}",) if values and lost else ()
         spent = self._spent(folder, seconds)
-        return Measured(values, params, spent, chosen, reason, place=str(folder))
+        return Measured(values, params, spent, chosen, reason, place=str(folder), notes=notes)
 
     def _place(self) -> str:
         """The same for all metrics of the same runs, and for grids that share some of them."""

@@ -50,7 +50,8 @@ def test_every_preset_has_every_task(name: str) -> None:
         try:
             found = presets.glue(name, task)
         except UserError as error:  # what configs cannot say is refused, not left out
-            assert "deberta" in name and "before the classifier" in str(error)
+            assert "deberta" in name
+            assert "before the classifier" in str(error) or "warms up for 1000 steps" in str(error)
             continue
         numbers = [found[k] for k in ("batch", "epochs", "rate", "length", "rank")]
         assert all(x > 0 and math.isfinite(x) for x in numbers), found

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -37,6 +38,13 @@ def test_published_numbers_are_found_with_status_and_notes() -> None:
     where = {"config": "DoRA r=32 LLaMA-7B"}
     dora = tables.Published("param_counts", where, "computed").look_up()
     assert dora.status == "computed" and dora.notes == "0.846%; paper 0.84%"
+    # A deviation in a column of that name is of the number before it; parameters as printed.
+    where = {"method": "FT/LoRA", "batch_size": 1}
+    latency = tables.Published("lora_t01_latency", where, "latency_ms").look_up()
+    assert (latency.value, latency.std) == (19.8, 2.7) and cited.params == "0.3M"
+    where = {"method": "LoRA", "hyperparameters": "rq=rv=8"}
+    wide = tables.Published("lora_t15_gpt3_sweep", where, "MNLI_m_acc").look_up()
+    assert (wide.params, wide.std) == ("37.7M", None)
 
 
 @pytest.mark.parametrize(
@@ -193,16 +201,16 @@ def test_what_fails_stands_with_its_reason_and_the_others_run(tmp_path: Path, ca
     assert cli.main(arguments) == 2
     out, err = capsys.readouterr()
     assert out.count("failed: no route to host\n") == 1 + 2  # the footnote, and as they fail
-    frame = pd.read_csv(tmp_path / "w" / "exp.csv").set_index("row")
+    frame = pd.read_csv(tmp_path / "w" / "exp_small.csv").set_index("row")
     assert frame.loc["c", "measured"] == 1.0
     assert list(frame["status"])[1:] == ["failed", "measured", "not run"]
-    text = (tmp_path / "w" / "exp.md").read_text()
+    text = (tmp_path / "w" / "exp_small.md").read_text()
     assert "| a (1\\|2) [x] | m | 290 | failed | – |" in text and "| d | m | – | not run |" in text
     assert err.startswith("error: 2 failed: a (1|2) [x] / m; b / m. The footnotes say why.")
     only = shlex.split(err)[shlex.split(err).index("--rows") + 1]
     there.touch()
     assert cli.main([*arguments, "--quiet", "--rows", only]) == 0
-    frame = pd.read_csv(tmp_path / "w" / "exp.csv").set_index("row")
+    frame = pd.read_csv(tmp_path / "w" / "exp_small.csv").set_index("row")
     assert list(frame["seeds"]) == [1, 1, 1, 0]  # c stands as it was, d has nothing
     assert cli.main([*arguments, "--quiet"]) == 0
 
@@ -237,6 +245,46 @@ def test_rows_that_are_not_there(tmp_path: Path) -> None:
         tables.run(a_table([]), "small", tmp_path, rows="x / d9")
     with pytest.raises(UserError, match="no regular expression"):
         tables.run(a_table([]), "small", tmp_path, rows="(")
+
+
+def test_a_grid_is_chosen_in_its_metrics_own_direction() -> None:
+    """Of the metric that chooses, and not of the task's principal one."""
+    from lora_jax.data.examples import higher_is_better
+    from lora_jax.data.tasks import TASKS
+
+    e2e, g2p = TASKS["e2e"](), TASKS["g2p"]()
+    assert [higher_is_better(e2e, m) for m in ("bleu", "general_loss", "nist")] == [
+        True,
+        False,
+        True,
+    ]
+    assert not higher_is_better(g2p, "phoneme_error_rate") and higher_is_better(g2p, "exact_match")
+
+
+def test_seeds_that_diverged_are_named(tiny_config: Any, tmp_path: Path) -> None:
+    config = tmp_path / "config.py"
+    made = tiny_config(training={"steps": 2}, optimizer={"name": "sgd"})
+    config.write_text(f"def get_config():\n    return {made!r}\n")
+
+    class Some(tables.Trained):
+        def _seed(self, seed: int) -> dict[str, Any]:
+            return {"seed": seed, "optimizer.learning_rate": 1e30 if seed else 1e-3}
+
+    class Chosen:
+        config = "c.py"
+
+        def measure(self, folder: Path, seeds: Sequence[int], progress: bool) -> Measured:
+            return Measured({5: 1.0}, chosen={"method.rank": np.int64(4)})
+
+    works = {"some": Some(str(config)), "other": Chosen(), "none": tables.NotRun("why")}
+    rows = [tables.Row(name, "m", work) for name, work in works.items()]
+    claims = tuple(tables.Claim("some", name, "m") for name in ("other", "none"))
+    filled = tables.run(tables.Table("t", tuple(rows), claims=claims), "small", tmp_path)
+    text = render.markdown(filled)
+    assert "diverged, and left out: seed 1, 2" in text
+    assert "some − other, m: no values of one seed in both" in text
+    assert "some − none, m: not run" in text
+    assert '"method.rank": 4' in kept.text(filled)  # NumPy's numbers too
 
 
 def test_a_grid_that_diverged_is_a_result(tiny_config: Any, tmp_path: Path) -> None:
@@ -279,6 +327,22 @@ def test_forms(tmp_path: Path) -> None:
     assert "Declared cost: a second or < 2; computing took 0.0 minutes." in text
     assert "Declared cost: a second or &lt; 2;" in (tmp_path / "out" / "name.html").read_text()
     assert "a second" not in (tmp_path / "out" / "name.csv").read_text()
+    # Printed numbers have all their digits; marks and letters survive each form.
+    where = {"rank": 1024}
+    nist = tables.Published("lora_t18_rank_e2e", where, "NIST")
+    count = tables.Published("lora_t15_gpt3_sweep", {"hyperparameters": "rq=rv=8"},
+                             "trainable_params")  # fmt: skip
+    odd = tables.Table("α*β <b>", (
+        tables.Row("*w* --rows", "m", tables.Computed(lambda f, s: {"value": 9999.7}), nist),
+        tables.Row("n", "m", tables.Computed(
+            lambda f, s: {"value": 1.0, "trainable_params": 7}, name="n"), count),
+    ))  # fmt: skip
+    shown = tables.run(odd, "small", tmp_path / "odd")
+    text, tex = render.markdown(shown), render.latex(shown)
+    assert "### α\\*β \\<b>" in text and "| \\*w\\* --rows | m |" in text
+    assert "| 10,000 |" in text and "| 7 (printed 37.7M) |" in text
+    assert "{*}w{*} -{}-rows & m" in tex and str(nist.look_up().value) in text
+    assert list(shown.frame()["trainable_params"].astype(str)) == ["<NA>", "7"]
     silent = dataclasses.replace(filled, table=dataclasses.replace(filled.table, cost=""))
     assert "Declared" not in render.markdown(silent) and "Computing took" in render.markdown(silent)
 
@@ -310,22 +374,32 @@ def test_machines_share_the_rows_of_a_table(tmp_path: Path, capsys: Any) -> None
 
     assert table("one", "--rows", "^a / ") == table("two", "--rows", "^(b|c) / ") == 0
     assert len(calls.read_text()) == 4
-    known = [part for w in ("one", "two") for part in ("--known", str(tmp_path / w / "exp.json"))]
+    known = [
+        part for w in ("one", "two") for part in ("--known", str(tmp_path / w / "exp_small.json"))
+    ]
     assert table("both", *known) == table("whole") == 0
     assert len(calls.read_text()) == 8  # both rows again in `whole` alone
     for ending in ("csv", "md"):
-        both, whole = ((tmp_path / w / f"exp.{ending}").read_text() for w in ("both", "whole"))
+        both, whole = (
+            (tmp_path / w / f"exp_small.{ending}").read_text() for w in ("both", "whole")
+        )
         assert both == whole
-    # Of more seeds than it has, a row is run.
+    # Of more seeds than it has, a row is run; those that are left out stand as they are.
     assert table("more", "--seeds", "3", "--rows", "^a / ", *known) == 0
     assert len(calls.read_text()) == 11
-    frame = pd.read_csv(tmp_path / "more" / "exp.csv").set_index(["row", "metric"])
-    assert list(frame["seeds"]) == [3, 3, 0, 0, 0]
+    frame = pd.read_csv(tmp_path / "more" / "exp_small.csv").set_index(["row", "metric"])
+    assert list(frame["seeds"]) == [3, 3, 2, 2, 2]
     capsys.readouterr()
     assert table("x", "--scale", "smoke", *known) == 2
     assert "is of 'shared, small' at scale small, not of 'shared, smoke'" in capsys.readouterr().err
-    assert table("x", "--known", str(experiment)) == 2
-    assert "is not the NAME.json that" in capsys.readouterr().err
+    odd = tmp_path / "odd.json"
+    odd.write_text(json.dumps({"title": "shared, small", "scale": "small", "rows": {"a / m": {}}}))
+    for file in (experiment, odd):
+        assert table("x", "--known", str(file)) == 2
+        assert "is not the NAME.json that" in capsys.readouterr().err
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "exp_small.json").write_text(odd.read_text())
+    assert table("x", "--rows", "^a / ") == 0  # a damaged one in the workdir is written anew
     assert table("x", "--known", str(tmp_path / "none.json")) == 2
     assert "No such file" in capsys.readouterr().err
 
@@ -338,29 +412,37 @@ def test_rows_left_out_stand_as_they_were_measured_before(tmp_path: Path) -> Non
         return cli.main(["table", str(experiment), "--workdir", str(tmp_path / "w"), *more])
 
     assert table("--rows", "^b / ") == table("--rows", "^a / ") == 0
-    frame = pd.read_csv(tmp_path / "w" / "exp.csv").set_index(["row", "metric"])
+    frame = pd.read_csv(tmp_path / "w" / "exp_small.csv").set_index(["row", "metric"])
     assert list(frame["seeds"]) == [2, 2, 2, 2, 0] and len(calls.read_text()) == 4
     # A later row is not lost while an earlier one is measured.
     loaded = tables.load(str(experiment), "small")
-    before = kept.earlier(tmp_path / "w" / "exp.json", loaded, "small")
+    before = kept.earlier(tmp_path / "w" / "exp_small.json", loaded, "small")
     seen: list[int] = []
     tables.run(
         loaded, "small", tmp_path / "w", rows="^a / ", progress=False, earlier=before,
         after=lambda filled: seen.append(sum(bool(x.measured.values) for x in filled.lines)),
     )  # fmt: skip
     assert seen == [4] * 5
-    # Neither of more seeds than there were, nor of another table.
-    assert table("--rows", "^a / ", "--seeds", "3") == 0
-    frame = pd.read_csv(tmp_path / "w" / "exp.csv").set_index(["row", "metric"])
-    assert list(frame["seeds"]) == [3, 3, 0, 0, 0]
+    # Also where others get more seeds, or fewer: what more seeds gave is kept for the next call.
+    for seeds in (3, 1):
+        assert table("--rows", "^a / ", "--seeds", str(seeds)) == 0
+        frame = pd.read_csv(tmp_path / "w" / "exp_small.csv").set_index(["row", "metric"])
+        assert list(frame["seeds"]) == [seeds, seeds, 2, 2, 0]
+        there = kept.earlier(tmp_path / "w" / "exp_small.json", loaded, "small")
+        assert there["a / m"].seeds == (0, 1, 2) and there["b / m"].seeds == (0, 1)
+    # Another scale has files of its own; another table is not read.
+    assert table("--scale", "smoke", "--rows", "^a / ") == 0
+    assert list(pd.read_csv(tmp_path / "w" / "exp_smoke.csv")["seeds"]) == [2, 2, 0, 0, 0]
+    assert list(pd.read_csv(tmp_path / "w" / "exp_small.csv")["seeds"]) == [1, 1, 2, 2, 0]
     other = dataclasses.replace(loaded, title="another")
-    assert kept.earlier(tmp_path / "w" / "exp.json", other, "small") == {}
+    assert kept.earlier(tmp_path / "w" / "exp_small.json", other, "small") == {}
     assert kept.earlier(tmp_path / "none.json", loaded, "small") == {}
     # A row that the table no longer has is left; a file that is named for it is another table's.
     fewer = dataclasses.replace(loaded, rows=loaded.rows[1:], claims=())
-    assert list(kept.earlier(tmp_path / "w" / "exp.json", fewer, "small")) == ["a / n"]
+    found = kept.earlier(tmp_path / "w" / "exp_small.json", fewer, "small")
+    assert list(found) == ["a / n", "b / m", "b / n"]
     with pytest.raises(UserError, match="has a row 'a / m', which the table has not"):
-        kept.read([tmp_path / "w" / "exp.json"], fewer, "small")
+        kept.read([tmp_path / "w" / "exp_small.json"], fewer, "small")
 
 
 def test_what_has_no_number_a_seed_is_kept_too(tmp_path: Path) -> None:
@@ -483,7 +565,7 @@ def table(scale):
     )
     arguments = ["table", str(experiment), "--workdir", str(tmp_path / "w"), "--quiet"]
     assert cli.main([*arguments, "--scale", "small"]) == 0
-    frame = pd.read_csv(tmp_path / "w" / "exp.csv")
+    frame = pd.read_csv(tmp_path / "w" / "exp_small.csv")
     assert frame.loc[0, "seeds"] == 2 and frame.loc[0, "trainable_params"] > 0
     members = sorted((tmp_path / "w" / "small" / "r").glob("*/members/*"))
     results = [json.loads((m / "result.json").read_text()) for m in members]
@@ -495,7 +577,7 @@ def table(scale):
     assert times == {m: (m / "result.json").stat().st_mtime_ns for m in members}
     # A metric that the task does not have is said, and the row stands as failed.
     assert cli.main([*arguments, "--scale", "paper"]) == 2
-    assert "gives no metric 'rouge1'" in (tmp_path / "w" / "exp.md").read_text()
+    assert "gives no metric 'rouge1'" in (tmp_path / "w" / "exp_paper.md").read_text()
     assert cli.main([*arguments, "--scale", "large"]) == 2
 
 
