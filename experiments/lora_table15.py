@@ -34,7 +34,7 @@ KINDS = {
 }  # fmt: skip
 TABLE4 = {
     ("Fine-Tune", "-"), ("PrefixEmbed", "lp=256,li=8"), ("PrefixLayer", "lp=8,li=8"),
-    ("AdapterH", "r=1"), ("AdapterH", "r=8"), ("LoRA", "rq=rv=1"), ("LoRA", "rq=rv=8"),
+    ("AdapterH", "r=1"), ("AdapterH", "r=8"), ("LoRA", "rv=2"), ("LoRA", "rq=rv=8"),
 }  # fmt: skip
 NOTES = {
     "PrefixLayer": "the paper's own formula, layers x width x (lp + li), does not give its count",

@@ -8,7 +8,7 @@ metrics need the extra `metrics`; METEOR needs Java.
 """
 
 import smollm2_e2e
-from given_folders import e2e
+from given_folders import e2e, e2e_notes
 
 from lora_jax.tables import Claim, NotRun, Published, Row, Table, Trained
 
@@ -47,6 +47,6 @@ def _paper() -> Table:
         loss = NotRun("a run that decodes measures no loss on the validation texts")
         rows.append(Row(name, "validation loss", loss, Published(PUBLISHED, where, "val_loss")))
     return Table(
-        "LoRA paper, Table 18: GPT-2 medium on E2E, by rank", tuple(rows), seeds=3, notes=NOTES,
-        cost="about 8 hours a row on one GPU",
+        "LoRA paper, Table 18: GPT-2 medium on E2E, by rank", tuple(rows), seeds=3,
+        notes=(*NOTES, *e2e_notes()), cost="about 8 hours a row on one GPU",
     )  # fmt: skip

@@ -12,10 +12,11 @@ cores (8 minutes a seed). The metrics need the extra `metrics`; METEOR needs Jav
 
 import prefix_e2e
 import smollm2_e2e
-from given_folders import e2e
+from given_folders import e2e, e2e_notes
 from smollm2_e2e import METRICS
 
 from lora_jax.tables import Claim, Published, Row, Table, Trained
+from lora_jax.tables.published import counted
 
 PUBLISHED = "lora_t03_e2e"
 MEDIUM, LARGE = "GPT-2 M", "GPT-2 L"
@@ -35,6 +36,19 @@ PAPER = (
     (LARGE, "PreLayer", "0.77", {"method.kind": "prefix_tuning"}, "Prefix"),
     (LARGE, "LoRA", "0.77", {}, ""),
 )
+# Which row of param_counts.csv each is: the paper's formula, and where it prints something else.
+COUNTED = {
+    (MEDIUM, "FT", "354.92"): "GPT-2 M FT (all)",
+    (LARGE, "FT", "774.03"): "GPT-2 L FT (all)",
+    (MEDIUM, "AdapterL", "0.37"): "GPT-2 M AdapterL r=6",
+    (MEDIUM, "AdapterL", "11.09"): "GPT-2 M AdapterL r=224",
+    (MEDIUM, "AdapterH", "11.09"): "GPT-2 M AdapterH r=112",
+    (MEDIUM, "FT-Top2", "25.19"): "GPT-2 M FT-Top2",
+    (MEDIUM, "LoRA", "0.35"): "GPT-2 M LoRA rq=rv=4",
+    (LARGE, "AdapterL", "0.88"): "GPT-2 L AdapterL r=8",
+    (LARGE, "AdapterL", "23.0"): "GPT-2 L AdapterL r=248",
+    (LARGE, "LoRA", "0.77"): "GPT-2 L LoRA rq=rv=4",
+}
 # Where the authors' README differs from Table 11, or says what that does not print.
 README = {"evaluation.length_penalty": 0.8, "optimizer.eps": 1e-6}
 # Overrides and learning rate at small scale: the best of those tried, for which see the README of
@@ -48,7 +62,6 @@ SMALL = {
 }
 NOTES = (
     "Length penalty of the beams: 0.9 in the paper's Table 11, 0.8 in the authors' README.",
-    "GPT-2 medium with LoRA has 393,216 trainable parameters by the formula; 0.35M is printed.",
     "FT and prefix rows are prefix-tuning's first arXiv version (68.2, 69.7), not the ACL one.",
 )
 
@@ -83,9 +96,14 @@ def _paper() -> Table:
             for column, (metric, times) in METRICS.items():
                 work = Trained(config, metric, chosen)
                 cited = Published(PUBLISHED, where, column, times)
-                rows.append(Row(f"{model} {method} {size}M{variant}", column, work, cited))
+                name = f"{model} {method} {size}M{variant}"
+                counts = counted(COUNTED.get((model, method, size), ""))
+                rows.append(Row(name, column, work, cited, *counts))
     return Table(
         "LoRA paper, Table 3 (E2E): GPT-2 medium and large", tuple(rows), seeds=3,
-        notes=(*NOTES, "The paper reports the best epoch of each run, here it is the last."),
+        notes=(
+            *NOTES, *e2e_notes(),
+            "The paper reports the best epoch of each run, here it is the last.",
+        ),
         cost="about 8 hours a row on one GPU",
     )  # fmt: skip

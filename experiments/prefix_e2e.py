@@ -12,7 +12,7 @@ three epochs. The metrics need the extra `metrics`; METEOR needs Java.
 from typing import Any
 
 import smollm2_e2e
-from given_folders import e2e
+from given_folders import e2e, e2e_notes
 from smollm2_e2e import METRICS
 
 from lora_jax.tables import Claim, Published, Row, Table, Trained
@@ -69,8 +69,8 @@ def _paper() -> Table:
     reason = "WebNLG and DART are not in the project"
     rows += quoted(PUBLISHED, ("version", "model", "method"), others, reason)
     return Table(
-        "Prefix-Tuning, Table 2: table-to-text", tuple(rows), seeds=3, notes=NOTES,
-        cost="about 8 hours a row on one GPU",
+        "Prefix-Tuning, Table 2: table-to-text", tuple(rows), seeds=3,
+        notes=(*NOTES, *e2e_notes()), cost="about 8 hours a row on one GPU",
     )  # fmt: skip
 
 

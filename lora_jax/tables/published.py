@@ -94,6 +94,19 @@ def row(table: str, where: Mapping[str, Any]) -> pd.Series:
     return rows.iloc[0]
 
 
+def counted(config: str) -> tuple[int | None, tuple[str, ...]]:
+    """(trainable parameters by the paper's own formula, what is odd about those it prints) of a row
+    of `param_counts`; nothing for "".
+
+    Raises UserError where there is no such row.
+    """
+    if not config:
+        return None, ()
+    found = row("param_counts", {"config": config})
+    note = f"trainable parameters, {config}: {found['note']}"
+    return int(found["computed"]), (note,) if found["note"] else ()
+
+
 def _no_column(table: str, name: str) -> UserError:
     return UserError(f"{table}.csv has no column {name!r}; {nearest(name, frame(table).columns)}")
 

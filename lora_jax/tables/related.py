@@ -1,4 +1,4 @@
-"""A cell that says whether one column of a table foretells another: their rank correlation."""
+"""Cells that follow from others of the table: means, and whether one column foretells another."""
 
 from __future__ import annotations
 
@@ -61,6 +61,40 @@ class Correlated:
             return number(row.work.measure(folder / row.folder, seeds, progress))
         except UserError:
             return None  # the row's own cell says why
+
+
+@dataclasses.dataclass(frozen=True)
+class Averaged:
+    """The mean of several cells, seed by seed, as a table's column of averages.
+
+    What is missing of them is measured; there is no number before all have one of a common seed.
+
+    Args:
+      rows: of the same table.
+      there: see `Correlated`.
+    """
+
+    rows: Sequence[Row]
+    there: Mapping[str, Measured] = dataclasses.field(default_factory=dict)
+
+    def given(self, there: Mapping[str, Measured]) -> Averaged:
+        return dataclasses.replace(self, there=there)
+
+    def measure(self, folder: Path, seeds: Sequence[int], progress: bool) -> Measured:
+        cells, lacking = [], []
+        for row in self.rows:
+            try:
+                place = folder.parent / row.folder
+                cell = self.there.get(row.name) or row.work.measure(place, seeds, progress)
+            except UserError:  # the row's own cell says why
+                cell = Measured({})
+            cells.append(cell)
+            lacking += [] if cell.values else [row.metric]
+        common = set(seeds).intersection(*(cell.values for cell in cells))
+        if not common:
+            return Measured({}, reason=f"no mean without {', '.join(lacking) or 'a common seed'}")
+        means = {s: float(np.mean([c.values[s] for c in cells])) for s in sorted(common)}
+        return Measured(means, cells[0].trainable_params)
 
 
 def outcome(rho: Summary) -> str:

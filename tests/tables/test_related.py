@@ -13,8 +13,8 @@ from lora_jax import tables
 from lora_jax.errors import UserError
 from lora_jax.statistics import rank_correlation
 from lora_jax.sweeps.threshold import Run, Target, threshold
-from lora_jax.tables import kept, render
-from lora_jax.tables.related import Correlated, scatter
+from lora_jax.tables import NotRun, Row, Table, kept, render
+from lora_jax.tables.related import Averaged, Correlated, scatter
 from lora_jax.tables.work import Measured
 
 
@@ -121,3 +121,24 @@ def test_the_outcome_is_stated_either_way(tmp_path: Path, sign: int, said: str) 
 def test_too_few_rows_say_so(tmp_path: Path) -> None:
     last = filled([(Given(1.0), Given(2.0)), (Given(), Given(1.0))], tmp_path).lines[-1]
     assert last.summary is None and "1 rows have both numbers" in last.measured.reason
+
+
+def test_a_mean_of_cells_is_taken_seed_by_seed(tmp_path: Path) -> None:
+    """Over the seeds that all have; one that is left out or fails is named."""
+    cells = {"a": {0: 1.0, 1: 2.0}, "b": {0: 3.0, 1: 5.0, 2: 9.0}}
+
+    class Cell:
+        def __init__(self, values: dict[int, float]):
+            self.values = values
+
+        def measure(self, folder: Path, seeds: Sequence[int], progress: bool) -> Measured:
+            return Measured(self.values, 7)
+
+    rows = [Row("r", name, Cell(values)) for name, values in cells.items()]
+    table = Table("t", (*rows, Row("r", "Avg", Averaged(tuple(rows)))))
+    line = tables.run(table, "small", tmp_path, progress=False).lines[-1]
+    assert line.measured.values == {0: 2.0, 1: 3.5} and line.measured.trainable_params == 7
+    rows.append(Row("r", "c", NotRun("why")))
+    table = Table("t", (*rows, Row("r", "Avg", Averaged(tuple(rows)))))
+    line = tables.run(table, "small", tmp_path, progress=False).lines[-1]
+    assert line.measured.reason == "no mean without c" and not line.measured.failed
