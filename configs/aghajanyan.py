@@ -10,6 +10,10 @@ trains all weights, `head` the head alone, `lora` factors of `dimension` as thei
 head. The new head lies in the subspace as everything else does. `random`: the same shape, with all
 weights drawn by `seed`. `embeddings=False` leaves them out of the subspace: on a CPU their
 transforms are most of a step's time. A run ends when `patience` epochs in a row were no better.
+
+MiniLM-L6 on 1,000 sentences of SST-2: 0.9 of full fine-tuning's 0.798 takes d = 161 [96, 796] by
+said, over 2 seeds (experiments/aghajanyan_table1.py); a run takes some four minutes on one CPU
+core. The larger models are for a GPU.
 """
 
 from typing import Any

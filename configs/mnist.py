@@ -8,6 +8,10 @@ parameters. A run ends when `patience` evaluations in a row, one every 200 updat
 than the best before them, and at the latest after `steps`; the best evaluated state is kept. MNIST
 is TFDS's, downloaded and prepared on first use (`data_dir`: where, or where a copy lies).
 `shuffle` permutes the pixels. `seed` is of the weights, the subspace and the order of the data.
+
+Accuracy 0.9 takes d = 702 [605, 756] of fc and 276 [158, 307] of lenet (Fastfood, 3 seeds:
+experiments/li_table1.py). As members of a packed search 30 runs of lenet took 17 minutes on 2 CPU
+cores.
 """
 
 import ml_collections

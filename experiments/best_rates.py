@@ -109,7 +109,11 @@ def within(x: Summary | None, target: float, bounded: bool = False) -> str:
 
 
 def better(x: Summary | None, one: str, other: str) -> str:
-    """Which of two is better by their difference, where its interval leaves out zero."""
-    if x is None or math.isnan(x.low) or x.low <= 0 <= x.high:
+    """Which of two is better by their difference, where its interval leaves out zero.
+
+    The same difference with every seed is a coincidence of few records, and decides nothing: its
+    interval has no width.
+    """
+    if x is None or math.isnan(x.low) or x.low <= 0 <= x.high or (x.n > 1 and x.std == 0):
         return "undecided"
     return one if x.low > 0 else other

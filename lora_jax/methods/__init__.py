@@ -9,11 +9,11 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from lora_jax.methods.base import METHODS, Counts, Method, method_class, register
+from lora_jax.methods.base import METHODS, Counts, Method, register
 from lora_jax.methods.full import FullFineTuning
 from lora_jax.methods.lora import LoRA
 
-__all__ = ["METHODS", "Counts", "FullFineTuning", "LoRA", "Method", "method_class", "register"]
+__all__ = ["METHODS", "Counts", "FullFineTuning", "LoRA", "Method", "register"]
 
 for _info in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_info.name}")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import partition
-from lora_jax.errors import UserError, nearest
+from lora_jax.errors import UserError
 from lora_jax.methods.peft.protocol import AdapterFiles, ModelNames, NoPeftForm
 from lora_jax.tensors.base import is_weight
 
@@ -42,13 +42,6 @@ def register(name: str, peft: Mapping[str, Any] | None = None) -> Callable[[M], 
         return cls
 
     return add
-
-
-def method_class(name: str) -> type[Method]:
-    """The class registered under `name`; UserError with the nearest names otherwise."""
-    if name not in METHODS:
-        raise UserError(f"no method {name!r}; {nearest(name, METHODS)}")
-    return METHODS[name]
 
 
 @dataclasses.dataclass(frozen=True)

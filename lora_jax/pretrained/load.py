@@ -22,7 +22,7 @@ from lora_jax.pretrained.assemble import assemble
 from lora_jax.pretrained.folder import WHOLE, Folder
 from lora_jax.pretrained.gguf_file import GGUFFile, read_header
 from lora_jax.pretrained.source import TensorSource, files_sha256
-from lora_jax.pretrained.staging import staged, write_json, write_tensors
+from lora_jax.pretrained.staging import staged, write_sorted_json, write_tensors
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -255,7 +255,7 @@ def save_pretrained(
     config["torch_dtype"] = str(next(iter(tensors.values())).dtype)
     with staged(Path(path)) as stage:
         write_tensors(stage / WHOLE, tensors)
-        write_json(stage / "config.json", config)
+        write_sorted_json(stage / "config.json", config)
         if tokenizer_source is not None:
             _copy_tokenizer(hub.resolve(tokenizer_source), stage)
 
@@ -271,4 +271,4 @@ def _copy_tokenizer(origin: Path, stage: Path) -> None:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.special_tokens}
     if tokenizer.chat_template is not None:
         settings["chat_template"] = tokenizer.chat_template
-    write_json(stage / "tokenizer_config.json", settings)
+    write_sorted_json(stage / "tokenizer_config.json", settings)

@@ -26,7 +26,13 @@ from lora_jax.pretrained.assemble import abstract_params
 from lora_jax.pretrained.folder import read_json
 from lora_jax.pretrained.load import family_of
 from lora_jax.pretrained.names import Names
-from lora_jax.pretrained.staging import is_there, read_whole, staged, write_json, write_tensors
+from lora_jax.pretrained.staging import (
+    is_there,
+    read_whole,
+    staged,
+    write_sorted_json,
+    write_tensors,
+)
 
 __all__ = ["load_adapter", "save_adapter"]
 
@@ -94,7 +100,7 @@ def save_adapter(
     metadata[_CONFIG_SHA256] = _digest(config)
     with staged(Path(path)) as stage:
         write_tensors(stage / TENSORS, files.tensors, metadata)
-        write_json(stage / CONFIG, config)
+        write_sorted_json(stage / CONFIG, config)
 
 
 def _to_peft(model: Any, method: Method, trainable: Mapping[str, Any], params: Any) -> AdapterFiles:

@@ -23,7 +23,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _TRIES = 50  # swaps and reads that another process may undo before we give up
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_sorted_json(path: Path, content: Mapping[str, Any]) -> None:
     """A JSON object with sorted keys."""
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")

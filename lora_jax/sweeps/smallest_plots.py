@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+
 from lora_jax.errors import UserError
-from lora_jax.sweeps.plots import new_figure
+from lora_jax.sweeps.plots import new_figure, ticks_at
 from lora_jax.sweeps.smallest import Found
 from lora_jax.sweeps.threshold import curve
 
@@ -73,14 +76,16 @@ def _threshold(axes: Any, row: int, one: Found, colour: str) -> None:
             if math.isinf(t.high):
                 axes.plot(high, row, marker=">", color=colour)
     axes.plot(at, row, marker=mark, color=colour)
-    axes.annotate(text, (at, row), xytext=(0, 7), textcoords="offset points", ha="center",
+    side = {">": "right", "<": "left"}.get(mark, "center")  # away from the frame
+    axes.annotate(text, (at, row), xytext=(0, 7), textcoords="offset points", ha=side,
                   fontsize="small")  # fmt: skip
 
 
 def over(found: Mapping[float, Found], path: Path, label: str) -> Path:
     """Thresholds with their intervals over a number such as the size of the model, to `path`.
 
-    An arrow stands where nothing was reached, or what is reached by all, at the end of the ladder.
+    An arrow stands where nothing was reached, or what is reached by all, at the end of the ladder,
+    and where an interval goes on beyond what was run.
     """
     if not found:
         raise UserError("no thresholds to draw")
@@ -95,8 +100,16 @@ def over(found: Mapping[float, Found], path: Path, label: str) -> Path:
         if t.low is not None and t.high is not None:
             ends = [max(t.low, min(sizes)), min(t.high, max(sizes))]
             axes.plot([x, x], ends, color="C0")
+            if t.low == 0:
+                axes.plot(x, ends[0], "v", color="C0")
+            if math.isinf(t.high):
+                axes.plot(x, ends[1], "^", color="C0")
     name = next(iter(found.values())).name
     axes.set(xscale="log", yscale="log", xlabel=label, ylabel=name)
+    ticks_at(axes.xaxis, pd.Series(list(found)))
+    low, high = axes.get_ylim()
+    if high < 100 * low:  # below two decades the axis's own labels overlap
+        ticks_at(axes.yaxis, pd.Series(np.geomspace(low, high, 5)[1:-1]))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     return path

@@ -115,6 +115,9 @@ def number(measured: Measured) -> float | None:
     return measured.beyond and measured.beyond[1]
 
 
+_MARKS = "osDP*X"
+
+
 def scatter(filled: Filled, path: Path, *, multiples: Sequence[float] = ()) -> Sequence[Path]:
     """A panel for each `Correlated` line so far: its cells with their intervals, a colour a row.
 
@@ -134,8 +137,9 @@ def scatter(filled: Filled, path: Path, *, multiples: Sequence[float] = ()) -> S
     for axes, panel in zip(np.atleast_1d(all_axes), panels, strict=True):
         work = panel.row.work
         assert isinstance(work, Correlated)
-        for colour, (x, y) in zip(shades(len(work.pairs)), work.pairs, strict=True):
-            _point(axes, lines, x, y, colour)
+        shade = shades((len(work.pairs) + len(_MARKS) - 1) // len(_MARKS))
+        for i, (x, y) in enumerate(work.pairs):  # few colours can be told apart: with shapes, more
+            _point(axes, lines, x, y, shade[i // len(_MARKS)], _MARKS[i % len(_MARKS)])
         x, y = work.pairs[0]
         rho = panel.summary
         title = "no ρ" if rho is None else f"ρ {rho.value:.2f} [{rho.low:.2f}, {rho.high:.2f}]"
@@ -145,7 +149,7 @@ def scatter(filled: Filled, path: Path, *, multiples: Sequence[float] = ()) -> S
         ends = np.array(axes.get_xlim())
         for factor in multiples:
             axes.plot(ends, factor * ends, color="grey", linestyle=":", linewidth=0.8)
-        if ends[1] < 10 * ends[0]:  # within a decade the axis's own labels overlap
+        if ends[1] < 100 * ends[0]:  # below two decades the axis's own labels overlap
             ticks_at(axes.xaxis, pd.Series(np.geomspace(ends[0], ends[1], 5)[1:-1]))
     legend_below(figure, list(np.atleast_1d(all_axes)))
     figure.savefig(path, dpi=120)
@@ -153,7 +157,7 @@ def scatter(filled: Filled, path: Path, *, multiples: Sequence[float] = ()) -> S
 
 
 def _point(
-    axes: Any, lines: Mapping[tuple[str, str], Line], one: Row, other: Row, colour: Any
+    axes: Any, lines: Mapping[tuple[str, str], Line], one: Row, other: Row, colour: Any, mark: str
 ) -> None:
     """One row's two cells; nothing where a number is missing."""
     x, y = (lines.get((row.row, row.metric)) for row in (one, other))
@@ -163,11 +167,11 @@ def _point(
     if at is None or height is None:
         return
     if y.measured.beyond:
-        edge, mark = y.measured.beyond[0], "^" if height else "v"
-        axes.plot(at, edge, mark, color=colour, label=one.row)
+        edge, arrow = y.measured.beyond[0], "^" if height else "v"
+        axes.plot(at, edge, arrow, color=colour, label=one.row)
         return
     errors = [_error(line.summary) for line in (x, y)]
-    axes.errorbar(at, height, xerr=errors[0], yerr=errors[1], fmt="o", color=colour,
+    axes.errorbar(at, height, xerr=errors[0], yerr=errors[1], fmt=mark, color=colour,
                   elinewidth=0.8, label=one.row)  # fmt: skip
 
 

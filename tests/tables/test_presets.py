@@ -68,3 +68,24 @@ def test_every_preset_has_every_task(name: str) -> None:
 def test_unknown_names(arguments: Any, match: str) -> None:
     with pytest.raises(UserError, match=match):
         presets.glue(*arguments)
+
+
+def test_arguments_of_glue_that_make_no_run() -> None:
+    for arg, match in (
+        ("task=cola,examples=20000", "cola has 8551 examples"),
+        ("epochs=0", "0 epochs of"),
+        ("batch=0", "batches of 0"),
+        ("task=cola,examples=10", "3 epochs of 10 examples in batches of 32"),
+        ("method=bitfit", "neither rank nor size"),
+    ):
+        with pytest.raises(UserError, match=match):
+            built(f"glue.py:{arg}")
+
+
+@pytest.mark.parametrize("name", ["full", "dora", "vera", "adapter_h", "lora_xs"])
+def test_methods_of_a_size_by_glues_arguments(name: str) -> None:
+    found = built(f"glue.py:method={name},rank=4")
+    assert found.method.name == name
+    assert getattr(found.method, "rank", getattr(found.method, "size", 4)) == 4
+    t = found.training  # an evaluation an epoch, none just before the last
+    assert t.steps == 3 * 67349 // 32 and 2 * t.eval_every < t.steps <= 3 * t.eval_every
