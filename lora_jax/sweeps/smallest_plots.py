@@ -67,14 +67,13 @@ def _threshold(axes: Any, row: int, one: Found, colour: str) -> None:
     else:
         at, mark = one.parameters_at(t.size), "o"
         text = f"{one.name} = {t.size:,.0f}"
-        if t.low is not None and t.high is not None:
-            low = smallest if t.low == 0 else one.parameters_at(t.low)
-            high = largest if math.isinf(t.high) else one.parameters_at(t.high)
-            axes.plot([low, high], [row, row], color=colour, linewidth=1.5)
-            if t.low == 0:
-                axes.plot(low, row, marker="<", color=colour)
-            if math.isinf(t.high):
-                axes.plot(high, row, marker=">", color=colour)
+    if t.low is not None and t.high is not None:
+        low, high = (min(max(one.parameters_at(x), smallest), largest) for x in (t.low, t.high))
+        axes.plot([low, high], [row, row], color=colour, linewidth=1.5)
+        if t.low == 0:
+            axes.plot(low, row, marker="<", color=colour)
+        if math.isinf(t.high):
+            axes.plot(high, row, marker=">", color=colour)
     axes.plot(at, row, marker=mark, color=colour)
     side = {">": "right", "<": "left"}.get(mark, "center")  # away from the frame
     axes.annotate(text, (at, row), xytext=(0, 7), textcoords="offset points", ha=side,

@@ -108,11 +108,11 @@ def outcome(rho: Summary) -> str:
 
 def number(measured: Measured) -> float | None:
     """A cell's number, or None; of a threshold beyond what was run 0 or infinity."""
+    if measured.beyond is not None:
+        return measured.beyond[1]
     if measured.summary is not None:
         return measured.summary.value
-    if measured.values:
-        return float(np.mean(list(measured.values.values())))
-    return measured.beyond and measured.beyond[1]
+    return float(np.mean(list(measured.values.values()))) if measured.values else None
 
 
 _MARKS = "osDP*X"

@@ -142,19 +142,21 @@ def _seeds(line: Line) -> int:
 
 def _measured(line: Line) -> str:
     summary, beyond = line.summary, line.measured.beyond
-    if summary is None and beyond is not None:
-        return f"{'>' if beyond[1] else '<'} {number(beyond[0])}"
-    if summary is None:
+    if beyond is not None:
+        value = f"{'>' if beyond[1] else '<'} {number(beyond[0])}"
+    elif summary is not None:
+        value = number(summary.value)
+    else:
         return line.standing
-    if math.isnan(summary.low):
-        return number(summary.value)
+    if summary is None or math.isnan(summary.low):
+        return value
     low, high = number(summary.low), number(summary.high)
     spread = "" if math.isnan(summary.std) else f" ± {number(summary.std)}"
-    return f"{number(summary.value)}{spread} [{low}, {high}]"
+    return f"{value}{spread} [{low}, {high}]"
 
 
 def _difference(line: Line) -> str:
-    if line.cited is None or line.summary is None:
+    if line.cited is None or line.summary is None or math.isnan(line.summary.value):
         return "–"
     gap = line.summary.value - line.cited.value
     return ("+" if gap >= 0 else "−") + number(abs(gap))

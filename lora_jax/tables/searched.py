@@ -168,10 +168,11 @@ class Searched:
 
 
 def _summary(t: Threshold, seeds: int) -> Summary | None:
-    if t.size is None:
+    """Of a threshold beyond what was run, its interval without a number; None without either."""
+    if t.size is None and t.low is None:
         return None
-    low, high = (math.nan if x is None else x for x in (t.low, t.high))
-    return Summary(t.size, low, high, math.nan, seeds)
+    value, low, high = (math.nan if x is None else x for x in (t.size, t.low, t.high))
+    return Summary(value, low, high, math.nan, seeds)
 
 
 def _beyond(t: Threshold, ladder: Ladder) -> tuple[float, float] | None:
@@ -195,7 +196,7 @@ def _note(found: Found, gain: bool, training: Any) -> str:
     of = f"the gain from {sum(t.head_only) / len(t.head_only):.4g} to {full}" if gain else full
     level = "95 %" if len({run.seed for run in found.runs}) > 2 else "some 90 %"
     text = (
-        f"{found.name}, with its {level} bootstrap interval over seeds: the target is "
+        f"{found.name}, with its bootstrap interval over seeds ({level}): the target is "
         f"{t.value:.4g}, {t.fraction:g} of {of}"
     )
     if found.threshold.low == 0 or found.threshold.high == math.inf:

@@ -176,7 +176,7 @@ class Filled:
 
 def _cells(line: Line) -> dict[str, object]:
     summary, cited = line.summary, line.cited
-    if summary is None and line.measured.beyond is not None:  # an interval without a number
+    if summary is None and line.measured.beyond is not None:  # of one seed
         low, high = sorted(line.measured.beyond)
         summary = statistics.Summary(math.nan, low, high, math.nan, len(line.measured.seeds))
     return {

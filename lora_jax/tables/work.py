@@ -45,6 +45,7 @@ class Measured:
       summary: where the runs of all seeds give one number with an interval of its own, that; the
         values are then empty. None: the table summarises the values.
       beyond: of a threshold that lies beyond the sizes run: the last of them, and 0 or infinity.
+        The summary then has an interval and no value.
       notes: what the runs showed besides, for the footnotes.
     """
 

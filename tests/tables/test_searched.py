@@ -15,7 +15,7 @@ import pytest
 from lora_jax import tables
 from lora_jax.sweeps import grid, smallest
 from lora_jax.sweeps.ladder import Ladder
-from lora_jax.tables import Baseline, Searched, render
+from lora_jax.tables import Baseline, Searched, kept, render
 
 
 @pytest.fixture
@@ -64,7 +64,8 @@ def test_a_table_of_thresholds(config: str, tmp_path: Path) -> None:
     assert targets[0].value == 0.45 and len(targets[1].full) == len(targets[1].head_only) == 2
     for line in filled.lines:
         if line.summary is not None:
-            assert line.summary.n == 2 and line.summary.low <= line.summary.value
+            assert line.summary.n == 2
+            assert line.measured.beyond or line.summary.low <= line.summary.value
             closed = line.summary.low > 0 and line.summary.high < math.inf
             assert closed != ("beyond the sizes" in line.measured.notes[0])
     assert "2 evaluations, one each 10 updates" in one.notes[0] and "the gain from" in two.notes[0]
@@ -126,6 +127,15 @@ def test_what_no_size_reaches_says_so(config: str, tmp_path: Path) -> None:
     found = smallest.load(Path(filled.lines[0].measured.place))
     assert found.threshold.target == 4.5
     assert filled.lines[0].measured.beyond == (2, math.inf)
+    # Of two seeds there is an interval, which need not lie beyond.
+    two = tables.run(tables.Table("T", (row,), seeds=2), "small", tmp_path / "t", progress=False)
+    render.write(two, tmp_path, "two")
+    again = kept.read([tmp_path / "two.json"], two.table, "small")
+    for one in (two, tables.run(two.table, "small", tmp_path / "x", progress=False, known=again)):
+        assert "| > 2 [inf, inf] |" in render.markdown(one) and one.lines[0].standing == "measured"
+        cells = one.frame().iloc[0]
+        assert (cells["low"], cells["high"], cells["seeds"]) == (math.inf, math.inf, 2)
+        assert pd.isna(cells["measured"])
 
 
 def test_li_table1_at_smoke_scale(tiny_mnist: Path, tmp_path: Path, monkeypatch: Any) -> None:
