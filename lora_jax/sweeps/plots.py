@@ -207,8 +207,22 @@ def ticks_at(axis: Any, values: pd.Series) -> None:
     """Ticks of a logarithmic axis at the values themselves, where they are few."""
     few = sorted(set(values))
     if len(few) <= 10:
-        axis.set_ticks(few, [f"{x:.3g}" for x in few], minor=False)
+        axis.set_ticks(few, [_in_digits(x) for x in few], minor=False)
         axis.set_ticks([], minor=True)
+
+
+def narrow_ticks(axis: Any) -> None:
+    """Ticks at 1, 2 and 5 times powers of ten, for a logarithmic axis of two decades or fewer: its
+    own labels overlap."""
+    from matplotlib import ticker
+
+    axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda x, _: _in_digits(x)))
+    axis.set_minor_locator(ticker.NullLocator())
+
+
+def _in_digits(x: float) -> str:
+    return f"{x:.3g}" if abs(x) < 1000 else f"{x:,.0f}"
 
 
 def legend_below(figure: Any, panels: Sequence[Any]) -> None:

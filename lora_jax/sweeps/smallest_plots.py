@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from lora_jax.errors import UserError
-from lora_jax.sweeps.plots import new_figure, ticks_at
+from lora_jax.sweeps.plots import narrow_ticks, new_figure, ticks_at
 from lora_jax.sweeps.smallest import Found
 from lora_jax.sweeps.threshold import curve
 
@@ -107,8 +106,8 @@ def over(found: Mapping[float, Found], path: Path, label: str) -> Path:
     axes.set(xscale="log", yscale="log", xlabel=label, ylabel=name)
     ticks_at(axes.xaxis, pd.Series(list(found)))
     low, high = axes.get_ylim()
-    if high < 100 * low:  # below two decades the axis's own labels overlap
-        ticks_at(axes.yaxis, pd.Series(np.geomspace(low, high, 5)[1:-1]))
+    if high < 100 * low:
+        narrow_ticks(axes.yaxis)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     return path

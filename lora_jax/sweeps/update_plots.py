@@ -51,8 +51,6 @@ def _split(table: Table) -> str | None:
 
 
 def _against_metric(table: Table, updates: pd.DataFrame, folder: Path) -> Plot:
-    from matplotlib import ticker
-
     frame = _joined(table, updates)
     figure, (left, right) = plots.new_figure(width=8.5, panels=2)
     split = _split(table)
@@ -65,9 +63,7 @@ def _against_metric(table: Table, updates: pd.DataFrame, folder: Path) -> Plot:
     right.set(xlabel="‖s·A·B‖ / ‖W‖, mean over matrices")
     if (frame["update.relative_norm"] > 0).any():  # NaN where a W is zero
         right.set(xscale="log")
-        right.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
-        right.xaxis.set_major_formatter("{x:.3g}")
-        right.xaxis.set_minor_locator(ticker.NullLocator())
+        plots.narrow_ticks(right.xaxis)
     if split:
         right.legend(fontsize="small", title=split, title_fontsize="small")
     caption = f"{table.metric} over the effective scale and over the size of the update it led to"

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from lora_jax import statistics
 from lora_jax.errors import UserError
@@ -127,7 +126,7 @@ def scatter(filled: Filled, path: Path, *, multiples: Sequence[float] = ()) -> S
     Args:
       multiples: dotted lines at so many times what foretells.
     """
-    from lora_jax.sweeps.plots import legend_below, new_figure, shades, ticks_at
+    from lora_jax.sweeps.plots import legend_below, narrow_ticks, new_figure, shades
 
     lines = {(x.row.row, x.row.metric): x for x in filled.lines}
     panels = [x for x in filled.lines if isinstance(x.row.work, Correlated)]
@@ -148,9 +147,13 @@ def scatter(filled: Filled, path: Path, *, multiples: Sequence[float] = ()) -> S
         axes.set(xscale="log", yscale="log")
         ends = np.array(axes.get_xlim())
         for factor in multiples:
-            axes.plot(ends, factor * ends, color="grey", linestyle=":", linewidth=0.8)
-        if ends[1] < 100 * ends[0]:  # below two decades the axis's own labels overlap
-            ticks_at(axes.xaxis, pd.Series(np.geomspace(ends[0], ends[1], 5)[1:-1]))
+            label = f"y = {factor:g}·x"
+            style = ":" if factor == multiples[0] else "--"
+            axes.plot(
+                ends, factor * ends, color="grey", linestyle=style, linewidth=0.8, label=label
+            )
+        if ends[1] < 100 * ends[0]:
+            narrow_ticks(axes.xaxis)
     legend_below(figure, list(np.atleast_1d(all_axes)))
     figure.savefig(path, dpi=120)
     return [path]
