@@ -64,6 +64,7 @@ class Trainer:
         self._states = program.empty()
         self._pending: list[tuple[dict[int, int], dict[str, jax.Array]]] = []
         self._saves: collections.deque[Slot] = collections.deque()
+        self._ended: tuple[int, Path | None] = (0, None)  # the last: its step and folder
         # Seconds in updates alone: a step is dispatched, and waited for when it is read.
         self.update_seconds = 0.0
 
@@ -77,8 +78,10 @@ class Trainer:
                     self._step()
                     self._attend()
                     self._fill()
-                    if terminated.seen and self._live():
-                        self._interrupt(terminated.seen)
+                    if terminated.seen:
+                        break
+                if terminated.seen:  # also where it came as the last member ended: others follow
+                    self._interrupt(terminated.seen)
         finally:
             for index in self._live():
                 self._at(index).close()
@@ -260,11 +263,12 @@ class Trainer:
         self._saved(slot)
         member = slot.member
         self._slots[index] = None
+        self._ended = slot.step, slot.folder
         self._done(member, result)
 
     def _interrupt(self, number: int) -> None:
         self._read()
-        where, step = None, 0
+        step, where = self._ended
         for index in self._live():
             slot = self._at(index)
             slot.log()

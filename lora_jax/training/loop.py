@@ -144,6 +144,7 @@ def fit(
             metrics = loop.evaluate(start, evaluate, frozen, state)
             loop.save(start, state, metrics)
         done = converged(checkpoints, patience * eval_every)
+        number = start
         with Terminated() as terminated:
             for number in range(start + 1, steps + 1):
                 if done:
@@ -169,6 +170,8 @@ def fit(
                     loop.save(number, state, None)
                 if stopping:
                     raise Interrupted(number, loop.settle(), terminated.seen)
+            if terminated.seen:  # during the last round: what follows, the next process does
+                raise Interrupted(number, loop.settle(), terminated.seen)
         loop.settle()
     best = None if checkpoints is None else checkpoints.best
     best_metrics = {} if checkpoints is None or best is None else checkpoints.metrics(best)

@@ -1,6 +1,8 @@
 """A member of a pack equals its own single run, whatever number it differs in."""
 
 import json
+import os
+import signal
 
 import jax
 import numpy as np
@@ -155,6 +157,24 @@ def test_padding_stays_zero(tiny_config, tmp_path):
             jax.tree.leaves(again.trainable), jax.tree.leaves(after.trainable), strict=True
         ):
             np.testing.assert_array_equal(x, y)  # nothing outside of a member's own shapes
+
+
+def test_a_stop_as_the_last_member_ends_is_a_stop(tiny_config, tmp_path):
+    """A table or a search would go on with its next sweep."""
+    members = members_of(tiny_config(training={"steps": 2}), [{"seed": 0}, {"seed": 1}])
+    program, _ = program_of(members, 1)
+    ended = []
+
+    def done(member, result):
+        ended.append(member.name)
+        if len(ended) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = Trainer(program, members, folder=lambda m: tmp_path / m.name, done=done,
+                      base=lambda m: {})  # fmt: skip
+    with pytest.raises(training.Interrupted, match="after step 2; saved in") as stop:
+        trainer.run()
+    assert ended == [m.name for m in members] and stop.value.where == tmp_path / ended[-1]
 
 
 def test_a_diverging_member_disturbs_nobody(tiny_config, tmp_path):

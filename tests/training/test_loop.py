@@ -92,6 +92,13 @@ class Stopped(tiny.Batches):
         return super().__next__()
 
 
+def test_a_stop_in_the_last_round_is_a_stop(tmp_path):
+    """What follows a training may be long: an evaluation, or a sweep's other members."""
+    with pytest.raises(Interrupted, match=r"after step 8; saved in .*checkpoints/8"):
+        train(tmp_path, data=Stopped(8, signal.SIGTERM))
+    assert train(tmp_path).resumed_at == 8
+
+
 def test_an_evaluation_that_a_stop_came_before_is_made_up_for(tmp_path):
     """A checkpoint without its metrics counted as an evaluation that was no better."""
     seen = []
