@@ -188,7 +188,7 @@ def test_a_failed_save_leaves_the_old_files(tiny, monkeypatch):
     def fails(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr("lora_jax.pretrained.load.write_json", fails)
+    monkeypatch.setattr("lora_jax.pretrained.load.write_sorted_json", fails)
     doubled = jax.tree.map(lambda x: 2 * x, params)
     with pytest.raises(OSError, match="disk full"):
         save_pretrained(folder, model, doubled)

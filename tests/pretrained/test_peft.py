@@ -178,7 +178,7 @@ def test_a_failed_save_leaves_nothing(tmp_path, tiny, monkeypatch):
     def fails(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr("lora_jax.pretrained.peft.write_json", fails)
+    monkeypatch.setattr("lora_jax.pretrained.peft.write_sorted_json", fails)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(OSError, match="disk full"):
         save_adapter(tmp_path / "a", model, method, trained(method, params))
