@@ -4,7 +4,7 @@
 
 `paper`: as published, not run: DeBERTaV3 is not in the project. `small`: AdaLoRA beside LoRA, both
 adapters, BitFit and full fine-tuning at about equal budgets, on all six matrices of a layer as
-there, MiniLM-L6 (extra `minilm`) on CoLA, with the shares of warm-up and of final updates and the
+there, MiniLM-L6 (extra `minilm`) on SST-2, with the shares of warm-up and of final updates and the
 penalty of the authors' script for CoLA.
 """
 
@@ -17,7 +17,7 @@ from lora_jax.tables.quoted import quoted
 TASKS = ("MNLI_m", "MNLI_mm", "SST-2", "CoLA", "QQP_acc", "QQP_F1", "QNLI", "RTE", "MRPC", "STS-B",
          "Avg")  # fmt: skip
 ALL = {"targets": "all-linear"}
-STEPS = {"small": 4000 // 32, "smoke": 2}
+STEPS = {"small": minilm.EPOCHS * minilm.EXAMPLES // minilm.BATCH, "smoke": 2}
 
 
 def scheduled(steps: int) -> dict[str, object]:

@@ -3,7 +3,7 @@
     lora-jax table experiments/dora_table.py --scale small --workdir runs/dora_table
 
 `paper`: parameters on LLaMA-7B's shape; the accuracies stand as not run. `small`: LoRA and DoRA by
-rank, MiniLM-L6 (extra `minilm`) on CoLA, where the published curve is of LLaMA-7B.
+rank, MiniLM-L6 (extra `minilm`) on SST-2, where the published curve is of LLaMA-7B.
 """
 
 import minilm

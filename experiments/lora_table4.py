@@ -4,7 +4,7 @@
 
 `paper`: parameters of our methods on GPT-3's shape, and what a step of LoRA would need of each of
 64 TPU v5e chips (extra `tpu`, half a minute); the accuracies need GPT-3's weights, which are not
-public. `small`: the same methods on MiniLM-L6 (extra `minilm`) and CoLA. Table 15 has all sizes.
+public. `small`: the same methods on MiniLM-L6 (extra `minilm`) and SST-2. Table 15 has all sizes.
 """
 
 from pathlib import Path

@@ -5,7 +5,7 @@
 The accuracies are heat maps in the paper; its text prints the best ratios, quoted in the notes.
 `paper`: RoBERTa-base with its GLUE setup (Adam's betas 0.9 and 0.99) and what it does not print of
 ours: a grid of rates, warm-up and weight decay; for a GPU and the hub. `small`: MiniLM-L6 (extra
-`minilm`) on CoLA.
+`minilm`) on SST-2.
 """
 
 import minilm

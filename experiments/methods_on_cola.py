@@ -102,7 +102,8 @@ def _apart(rate: float) -> Mapping[str, Any]:
 
 def _work(method: minilm.Method, scale: str, rates: minilm.Grid = ()) -> Trained:
     return minilm.trained(
-        method, scale, grid=rates, examples=EXAMPLES, epochs=EPOCHS, batch=BATCH, length=LENGTH,
+        method, scale, grid=rates, task="cola", examples=EXAMPLES, epochs=EPOCHS, batch=BATCH,
+        length=LENGTH,
         more={"data.buckets": BUCKETS, "training.eval_every": 0, "training.keep": "last"},
     )  # fmt: skip
 

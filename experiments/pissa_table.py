@@ -3,7 +3,7 @@
     lora-jax table experiments/pissa_table.py --scale small --workdir runs/pissa_table
 
 `paper`: as published, not run. `small`: PiSSA beside LoRA from either start and full fine-tuning,
-at rank 8, MiniLM-L6 (extra `minilm`) on CoLA.
+at rank 8, MiniLM-L6 (extra `minilm`) on SST-2.
 """
 
 import minilm

@@ -4,7 +4,7 @@
 
 The paper's curves are figures (Llama-2 on OpenOrca); what is printed is the author's MT-Bench after
 DPO of OpenChat 3.5, which is not a task of the project. `small`: MiniLM-L6 (extra `minilm`) on
-CoLA, alpha 16 at every rank.
+SST-2, alpha 16 at every rank.
 """
 
 import minilm

