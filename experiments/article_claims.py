@@ -5,8 +5,15 @@
 Counts and bytes at GPT-3's shape come from shapes alone. Latency is a forward pass of SmolLM2-135M
 (extra `quickstart`) over the base's, in turns in one process. The comparisons train SmolLM2 to
 pronounce for 40 steps of two rows; `GENERAL_TEXT` names a text file (say, Shakespeare's works)
-whose loss before and after tells what is forgotten. `small`: about 100 minutes on 2 CPU cores, 25
-of them latency; `smoke`: counts, one latency, one step.
+whose loss before and after tells what is forgotten. `small`: about 75 minutes on 2 CPU cores;
+`smoke`: counts, one latency, one step.
+
+Measured so, `small`, 3 seeds. LoRA about equals full fine-tuning: error 0.493 and 0.472, difference
+0.021 [-0.102, 0.144]; adapters have 0.448. Prefix-Tuning is hard to train: over rates a factor of 30
+apart its worst error is 3.45 above its best, LoRA's 0.46 (from 3e-4, not 1e-3, on); over lengths 2,
+8 and 32 its error is 0.68, 0.56 and 0.66, with differences that are not decided. What the adapted
+model loses on Shakespeare, from 4.35: full fine-tuning to 4.49, LoRA 4.91, adapters 6.3,
+Prefix-Tuning 7.6 to 8.5, P-tuning v2 9.4, which does not learn the task in 40 steps either.
 """
 
 import dataclasses
@@ -228,5 +235,5 @@ def table(scale: str) -> Table:
             "Loss on general text is of the adapted model. A prefix or prompt that is taken away "
             "leaves the base as it was, and so does a LoRA that was not merged.",
         ),
-        cost="about 100 minutes on 2 CPU cores",
+        cost="about 75 minutes on 2 CPU cores",
     )  # fmt: skip
