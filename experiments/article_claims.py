@@ -11,7 +11,7 @@ whose loss before and after tells what is forgotten. `small`: about 75 minutes o
 Measured so, `small`, 3 seeds. LoRA about equals full fine-tuning: error 0.493 and 0.472, difference
 0.021 [-0.102, 0.144]; adapters have 0.448. Prefix-Tuning is hard to train: over rates a factor
 of 30 apart its worst error is 3.45 above its best, LoRA's 0.46 (from 3e-4, not 1e-3, on); over
-lengths 2, 8 and 32 its error is 0.68, 0.56 and 0.66, with differences that are not decided. What the
+lengths 2, 8 and 32 its error is 0.68, 0.56 and 0.66, with undecided differences. What the
 adapted model loses on Shakespeare, from 4.35: full fine-tuning to 4.49, LoRA 4.91, adapters 6.3,
 Prefix-Tuning 7.6 to 8.5, P-tuning v2 9.4, which does not learn the task in 40 steps either. Merged,
 LoRA is as fast as the base, -0.6 % [-9.2, 7.9] at 1 x 128; beside it a forward pass takes 8.5 %
