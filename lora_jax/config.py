@@ -179,7 +179,7 @@ def convert(value: Any, hint: Any, path: str) -> Any:
                 return convert(value, option, path)
             except UserError:
                 continue
-    elif origin is typing.Literal and any(value is x or value == x for x in args):
+    elif origin is typing.Literal and value in args:
         return value
     elif hint is tuple and isinstance(value, list | tuple):
         return _frozen(value)

@@ -97,8 +97,9 @@ def _alike(x: Any, y: Any) -> bool:
     if x.shape != y.shape:
         return False
     x, y = np.asarray(x), np.asarray(y)  # an exact copy needs no wider one
-    wide = np.float64
-    return np.array_equal(x, y) or np.allclose(x.astype(wide), y.astype(wide), rtol=1e-5)
+    return np.array_equal(x, y) or np.allclose(
+        x.astype(np.float64), y.astype(np.float64), rtol=1e-5, atol=0.0
+    )
 
 
 def run(experiment: Experiment, workdir: str | Path, *, progress: bool = True) -> dict[str, Any]:
