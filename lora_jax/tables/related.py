@@ -40,7 +40,12 @@ class Correlated:
         found = [
             (x, y)
             for one, other in self.pairs
-            for x, y in [[self._of(row, folder.parent, seeds, progress) for row in (one, other)]]
+            for x, y in [
+                [
+                    number(_cell(row, self.there, folder.parent, seeds, progress))
+                    for row in (one, other)
+                ]
+            ]
             if x is not None and y is not None
         ]
         beyond = sum(not 0 < y < math.inf for _, y in found if isinstance(y, float))
@@ -52,14 +57,6 @@ class Correlated:
         if beyond:
             note += f"; {beyond} of the thresholds lie beyond what was run, and tie there"
         return Measured({}, summary=rho, notes=(note,))
-
-    def _of(self, row: Row, folder: Path, seeds: Sequence[int], progress: bool) -> float | None:
-        if row.name in self.there:
-            return number(self.there[row.name])
-        try:
-            return number(row.work.measure(folder / row.folder, seeds, progress))
-        except UserError:
-            return None  # the row's own cell says why
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,20 +77,25 @@ class Averaged:
         return dataclasses.replace(self, there=there)
 
     def measure(self, folder: Path, seeds: Sequence[int], progress: bool) -> Measured:
-        cells, lacking = [], []
-        for row in self.rows:
-            try:
-                place = folder.parent / row.folder
-                cell = self.there.get(row.name) or row.work.measure(place, seeds, progress)
-            except UserError:  # the row's own cell says why
-                cell = Measured({})
-            cells.append(cell)
-            lacking += [] if cell.values else [row.metric]
+        cells = [_cell(row, self.there, folder.parent, seeds, progress) for row in self.rows]
+        lacking = [row.metric for row, x in zip(self.rows, cells, strict=True) if not x.values]
         common = set(seeds).intersection(*(cell.values for cell in cells))
         if not common:
             return Measured({}, reason=f"no mean without {', '.join(lacking) or 'a common seed'}")
         means = {s: float(np.mean([c.values[s] for c in cells])) for s in sorted(common)}
         return Measured(means, cells[0].trainable_params)
+
+
+def _cell(
+    row: Row, there: Mapping[str, Measured], folder: Path, seeds: Sequence[int], progress: bool
+) -> Measured:
+    """What is there of a row or is measured now; nothing where that fails: its own cell says why."""
+    if row.name in there:
+        return there[row.name]
+    try:
+        return row.work.measure(folder / row.folder, seeds, progress)
+    except UserError:
+        return Measured({})
 
 
 def outcome(rho: Summary) -> str:
