@@ -89,7 +89,7 @@ class Averaged:
 def _cell(
     row: Row, there: Mapping[str, Measured], folder: Path, seeds: Sequence[int], progress: bool
 ) -> Measured:
-    """What is there of a row or is measured now; nothing where that fails: its own cell says why."""
+    """What is there of a row or is measured now; nothing where that fails: the row says why."""
     if row.name in there:
         return there[row.name]
     try:
