@@ -2,7 +2,7 @@
 
 A workdir has `config.json` (complete), `metrics.jsonl`, `spectra.jsonl` (of the updates, at each
 evaluation), TensorBoard events, `checkpoints/`, `adapter/` and `result.json`, written last: where
-it stands, the run is finished. Its `seconds` and `tokens_per_second` are of the process that ended
+it stands, the run is finished. One process at a time is at work in it (`.lock`). The result's `seconds` and `tokens_per_second` are of the process that ended
 the run, which began after `resumed_at` updates.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax import bases, host, partition, pretrained, training
+from lora_jax import bases, host, locks, partition, pretrained, training
 from lora_jax.errors import UserError
 from lora_jax.experiment import Experiment, from_dict, to_dict
 from lora_jax.training.spectra import Row, rows, update_spectra, weight_norms
@@ -105,13 +105,19 @@ def _alike(x: Any, y: Any) -> bool:
 def run(experiment: Experiment, workdir: str | Path, *, progress: bool = True) -> dict[str, Any]:
     """Trains, evaluates and saves; an interrupted workdir goes on where it was.
 
-    Returns what `result.json` holds. Raises UserError for a workdir that is finished, or that
-    another config began.
+    Returns what `result.json` holds. Raises UserError for a workdir that is finished, that another
+    config began, or that another process is at work in.
     """
     one_process()
-    began, folder, t = time.perf_counter(), Path(workdir), experiment.training
+    folder = Path(workdir)
+    check_free(folder, to_dict(experiment))
+    with locks.alone(folder):
+        return _run(experiment, folder, progress)
+
+
+def _run(experiment: Experiment, folder: Path, progress: bool) -> dict[str, Any]:
+    began, t = time.perf_counter(), experiment.training
     bench, config = Workbench(experiment), to_dict(experiment)
-    check_free(folder, config)
     start = begin(bench, experiment)
     bench.check_evaluation()
     print(f"trainable parameters\n{start.method.count(bench.params)}", flush=True)

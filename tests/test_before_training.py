@@ -48,6 +48,7 @@ def test_a_mistake_that_only_evaluation_meets(name, tiny_config, tmp_path):
     base = experiment.to_dict(wrong)
     with pytest.raises(lj.UserError, match=message):
         Sweep(base, {"seed": [{"seed": 0}]}, tmp_path / "sweep", Options(), False).run()
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_the_mended_command_goes_on_in_the_same_workdir(tiny_config, tmp_path, capsys):

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lora_jax import config as configs
+from lora_jax import locks
 from lora_jax.errors import UserError
 from lora_jax.experiment import from_dict, to_dict
 from lora_jax.progress import drawable
@@ -141,6 +142,12 @@ class Sweep:
 
     def run(self) -> dict[str, Any]:
         one_process()
+        if self.options.dry:
+            return self._run()
+        with locks.alone(self.workdir):
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         began = time.perf_counter()
         waiting = self.waiting
         print(f"{len(self.members)} members, {len(waiting)} to run", flush=True)
