@@ -2,8 +2,8 @@
 
 A workdir has `config.json` (complete), `metrics.jsonl`, `spectra.jsonl` (of the updates, at each
 evaluation), TensorBoard events, `checkpoints/`, `adapter/` and `result.json`, written last: where
-it stands, the run is finished. One process at a time is at work in it (`.lock`). The result's `seconds` and `tokens_per_second` are of the process that ended
-the run, which began after `resumed_at` updates.
+it stands, the run is finished. Its `seconds` and `tokens_per_second` are of the process that ended
+the run, which began after `resumed_at` updates. One process at a time is at work there (`.lock`).
 """
 
 from __future__ import annotations
