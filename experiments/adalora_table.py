@@ -37,7 +37,7 @@ def scheduled(steps: int) -> dict[str, object]:
 
 def methods_at(scale: str) -> dict[str, minilm.Method]:
     return {
-        "AdaLoRA r=2": ("adalora", {**ALL, **scheduled(STEPS[scale])}, (2e-3, 8e-3)),
+        "AdaLoRA r=2": ("adalora", {**ALL, **scheduled(STEPS[scale])}, minilm.ADALORA_RATES),
         "LoRA r=2": ("lora", {**ALL, "rank": 2, "alpha": 2.0}, minilm.LORA_RATES),
         "HAdapter": ("adapter_h", {"size": 8}, (1e-3, 4e-3)),
         "PAdapter": ("adapter_p", {"size": 16}, (1e-3, 4e-3)),

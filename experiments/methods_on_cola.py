@@ -25,7 +25,7 @@ from lora_jax.tables import Row, Table, Trained
 FACTORS, VECTORS, ACTIVATIONS, WEIGHTS = (5e-4, 1.5e-3), (2e-3, 8e-3), (2e-3, 6e-3), (3e-5, 1e-4)
 METHODS: dict[str, minilm.Method] = {
     "LoRA": ("lora", {"rank": 8, "alpha": 8.0}, FACTORS),
-    "head only": ("head_only", {}, (1e-3, 5e-3)),
+    "head only": ("head_only", {}, (minilm.HEAD_RATE, 5e-3)),
     "full fine-tuning": ("full", {}, WEIGHTS),
     "BitFit": ("bitfit", {"train": ("(^|/)bias$", *minilm.HEAD)}, (1e-3, 4e-3)),
     "FT-Top1": ("ft_top", {"layers": 1}, (1e-4, 4e-4)),
@@ -44,11 +44,11 @@ METHODS: dict[str, minilm.Method] = {
     "DoRA": ("dora", {}, FACTORS),
     "PiSSA": ("pissa", {}, (1e-4, 4e-4)),
     "OLoRA": ("olora", {}, (1e-3, 3e-3)),
-    "VeRA": ("vera", {"rank": 256}, (1e-2, 3e-2)),
+    "VeRA": ("vera", {"rank": 256}, minilm.VERA_RATES),
     "IA3": ("ia3", {}, VECTORS),
     "LoHa": ("loha", {}, FACTORS),
     "LoKr": ("lokr", {}, FACTORS),
-    "AdaLoRA": ("adalora", {"target_rank": 5}, (1.5e-2, 5e-2)),
+    "AdaLoRA": ("adalora", {"target_rank": 5}, minilm.ADALORA_RATES),
     "LoRA-FA": ("lora_fa", {}, FACTORS),
     "LoRA-XS": ("lora_xs", {}, FACTORS),
     "EVA": ("eva", {}, FACTORS),
@@ -57,9 +57,6 @@ METHODS: dict[str, minilm.Method] = {
     "GaLore": ("galore", {"train": (".*",), "rank": 32, "every": 50}, (1e-4, 4e-4)),
     "subspace": ("subspace", {"targets": "^layers/"}, (1e-3, 5e-3)),
 }
-# Methods with rates far above what a head can stand, which keeps to the better of its own two.
-APART = ("Prefix-Tuning", "Prompt Tuning", "P-tuning v2", "VeRA", "AdaLoRA")
-HEAD_RATE = METHODS["head only"][2][0]
 EXAMPLES, EPOCHS, BATCH = 2000, 3, 8
 # Half of the sentences have at most 11 tokens, the longest 40.
 LENGTH, BUCKETS = 48, (12, 16, 24)
@@ -90,19 +87,12 @@ def table(scale: str) -> Table:
 def _row(name: str, scale: str) -> Row:
     kind, fields, rates = METHODS[name]
     method = (kind, _at_budget(name, kind, fields, rates), rates)
-    work = _work(method, scale, [_apart(rate) for rate in rates] if name in APART else ())
-    return Row(f"MiniLM-L6 {name}", minilm.COLUMN, work)
+    return Row(f"MiniLM-L6 {name}", minilm.COLUMN, _work(method, scale))
 
 
-def _apart(rate: float) -> Mapping[str, Any]:
-    """The rate, and the head's own."""
-    share = [(pattern, HEAD_RATE / rate) for pattern in minilm.HEAD]
-    return {"optimizer.learning_rate": rate, "optimizer.groups": tuple(share)}
-
-
-def _work(method: minilm.Method, scale: str, rates: minilm.Grid = ()) -> Trained:
+def _work(method: minilm.Method, scale: str) -> Trained:
     return minilm.trained(
-        method, scale, grid=rates, task="cola", examples=EXAMPLES, epochs=EPOCHS, batch=BATCH,
+        method, scale, task="cola", examples=EXAMPLES, epochs=EPOCHS, batch=BATCH,
         length=LENGTH,
         more={"data.buckets": BUCKETS, "training.eval_every": 0, "training.keep": "last"},
     )  # fmt: skip

@@ -27,6 +27,10 @@ SHAPE = {
 HEAD = ("^head/",)  # the new head trains whole, beside any method
 LORA_RATES = (1e-3, 4e-3)
 FULL_RATES = (5e-5, 2e-4)
+# Methods with rates far above what a head can stand: beside them it keeps to its own.
+VERA_RATES, ADALORA_RATES = (1e-2, 3e-2), (1.5e-2, 5e-2)
+HEAD_RATE = 1e-3
+APART = ("prefix_tuning", "prompt_tuning", "p_tuning_v2", "vera", "adalora")
 NOTE = "MiniLM-L6 on 1,000 sentences of SST-2, four epochs: not the paper's model, nor its numbers"
 EXAMPLES, EPOCHS, BATCH = 1000, 4, 32
 Method = tuple[str, Mapping[str, Any], Sequence[float]]
@@ -62,8 +66,16 @@ def trained(
         spec["examples"], rates, grid = 64, rates[:1], grid[:1]
         overrides |= {"training.steps": 2, "training.eval_every": 2,
                       "data.validation": "validation[:16]"}  # fmt: skip
-    tried = grid or [{"optimizer.learning_rate": rate} for rate in rates]
+    tried = grid or [_rate(kind, rate) for rate in rates]
     return Trained(glue(**spec), metric, overrides, tried, chosen_by)
+
+
+def _rate(kind: str, rate: float) -> Mapping[str, Any]:
+    """The learning rate, and the head's as a share of it where it is another."""
+    found: dict[str, Any] = {"optimizer.learning_rate": rate}
+    if kind in APART:
+        found["optimizer.groups"] = tuple((pattern, HEAD_RATE / rate) for pattern in HEAD)
+    return found
 
 
 def rows(

@@ -15,7 +15,7 @@ from lora_jax.tables.quoted import quoted
 TASKS = ("SST-2", "MRPC", "CoLA", "QNLI", "RTE", "STS-B", "Avg")
 REASON = "its learning rates and epochs are not among the published settings here"
 SMALL: dict[str, minilm.Method] = {
-    "VeRA r=256": ("vera", {"rank": 256}, (4e-3, 2e-2)),
+    "VeRA r=256": ("vera", {"rank": 256}, minilm.VERA_RATES),
     "LoRA r=8": ("lora", {"rank": 8, "alpha": 8.0}, minilm.LORA_RATES),
     "LoRA r=1": ("lora", {"rank": 1, "alpha": 1.0}, minilm.LORA_RATES),
     "full FT": ("full", {}, minilm.FULL_RATES),
