@@ -233,6 +233,4 @@ def _unsupported(hf: Mapping[str, Any]) -> list[str]:
     found += [
         f"{key} (an encoder only)" for key in ("is_decoder", "add_cross_attention") if hf.get(key)
     ]
-    if hf.get("quantization_config"):
-        found.append("quantization_config (only unquantised weights)")
     return found

@@ -132,7 +132,12 @@ def require(hf: Mapping[str, Any], keys: Sequence[str]) -> None:
 
 
 def refuse(hf: Mapping[str, Any], problems: Sequence[str]) -> None:
-    """UserError that lists every option that would change the numbers and is not implemented."""
+    """UserError that lists every option that would change the numbers and is not implemented, and
+    how the weights are quantised if they are: of a reader that gives dense ones no config says
+    it."""
+    if quantised := hf.get("quantization_config"):
+        by = quantised.get("quant_method", "")
+        problems = [*problems, f"quantization_config {by} (only bitsandbytes' nf4)"]
     if problems:
         raise UserError(
             f"this {hf.get('model_type')} model uses options that lora_jax does not implement: "

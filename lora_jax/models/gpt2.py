@@ -234,10 +234,8 @@ def _unsupported(hf: Mapping[str, Any]) -> list[str]:
         found.append(f"activation_function {hf['activation_function']!r}")
     if not optional(hf, "scale_attn_weights", True):
         found.append("scale_attn_weights false (only true)")
-    for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention", "quantization_config"):
-        if hf.get(key):
-            found.append(key)
-    return found
+    keys = ("scale_attn_by_inverse_layer_idx", "add_cross_attention")
+    return found + [key for key in keys if hf.get(key)]
 
 
 FAMILIES = (

@@ -257,8 +257,6 @@ def _unsupported(hf: dict[str, Any], kind: str) -> list[str]:
         )
     if optional(hf, "pretraining_tp", 1) != 1:
         found.append(f"pretraining_tp {hf['pretraining_tp']} (only 1)")
-    if hf.get("quantization_config"):
-        found.append("quantization_config (only unquantised weights)")
     if optional(hf, "attention_dropout", 0.0):
         found.append(f"attention_dropout {hf['attention_dropout']} (only 0)")
     if kind == "gemma" and hf.get("use_bidirectional_attention"):

@@ -19,6 +19,7 @@ from lora_jax.errors import UserError, nearest
 from lora_jax.models import FAMILIES, Family, TensorSpec, family_for
 from lora_jax.pretrained import hub, view
 from lora_jax.pretrained.assemble import assemble
+from lora_jax.pretrained.bitsandbytes import Dequantized
 from lora_jax.pretrained.folder import WHOLE, Folder
 from lora_jax.pretrained.gguf_file import GGUFFile, read_header
 from lora_jax.pretrained.source import TensorSource, files_sha256
@@ -37,7 +38,7 @@ _ROWS = 4096  # of a head that are compared with the embedding's at one time
 def open_source(source: str | os.PathLike[str]) -> TensorSource:
     """Opens an alias, folder, .gguf or hub name; reads headers only."""
     path = hub.resolve(source)
-    return Folder(path) if path.is_dir() else GGUFFile(path)
+    return Dequantized(Folder(path)) if path.is_dir() else GGUFFile(path)
 
 
 def load_pretrained(
@@ -54,7 +55,8 @@ def load_pretrained(
     """(model, params) from an alias, a Hugging Face folder, a .gguf file, or a hub name.
 
     Args:
-      source: what to load; see `lora_jax.pretrained.hub.resolve`.
+      source: what to load; see `lora_jax.pretrained.hub.resolve`. Matrices that bitsandbytes has
+        quantised to NF4 come out dense: `quantize(params, "nf4")` makes them so again.
       dtype: of the parameters, whatever the file's is.
       compute_dtype: of the computations; None: the same as `dtype`.
       mesh, shardings: where each leaf goes; every tensor is read straight into its shards. See

@@ -12,7 +12,9 @@ import numpy as np
 from lora_jax.errors import UserError
 from lora_jax.tensors.nf4 import BLOCK, NESTED, NF4
 
-_STATE = "quant_state.bitsandbytes__nf4"
+STATE = "quant_state.bitsandbytes__nf4"
+PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE)
+"""What stands beside a quantised tensor, as suffixes of its name."""
 
 
 def from_bitsandbytes(tensors: Mapping[str, Any], name: str, *, path: str = "") -> NF4:
@@ -33,7 +35,7 @@ def from_bitsandbytes(tensors: Mapping[str, Any], name: str, *, path: str = "") 
             raise UserError(f"no tensor {key!r}: is {name!r} quantised to NF4 by bitsandbytes?")
         return np.asarray(tensors[key])
 
-    state = json.loads(of(_STATE).tobytes())
+    state = json.loads(of(STATE).tobytes())
     nested = "nested_blocksize" in state
     found = (state["quant_type"], state["blocksize"], state.get("nested_blocksize", NESTED))
     if found != ("nf4", BLOCK, NESTED) or len(state["shape"]) != 2:

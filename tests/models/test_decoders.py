@@ -184,7 +184,7 @@ def test_old_and_new_rope_forms_agree() -> None:
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "without low_freq_factor"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"pretraining_tp": 2}, "pretraining_tp 2"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config gptq \\(only"),
         (
             {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8},
             "sliding_window 8",
