@@ -40,6 +40,11 @@ def _is_leaf(node: Any) -> bool:
     return isinstance(node, Hole) or getattr(type(node), "is_weight", False)
 
 
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is a random key, of which only the words behind it are numbers."""
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
 def flatten(tree: Any) -> dict[str, Any]:
     """The leaves of any pytree, keyed by path, in tree order. Weights and holes are leaves."""
     return _by_path(tree, _is_leaf)

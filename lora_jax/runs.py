@@ -92,7 +92,7 @@ def _alike(x: Any, y: Any) -> bool:
     """Whether two leaves are the same numbers; None is no leaf."""
     if x is y or x is None or y is None:
         return x is y
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if partition.is_key(x):
         x, y = jax.random.key_data(x), jax.random.key_data(y)
     if x.shape != y.shape:
         return False

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from lora_jax import partition
 from lora_jax.plan import flops
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
@@ -102,7 +103,7 @@ def _leaf_bytes(leaf: Any) -> int:
     shape = tuple(leaf.shape)
     if getattr(leaf, "sharding", None) is not None:
         shape = leaf.sharding.shard_shape(shape)
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if partition.is_key(leaf):
         words = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(shape, leaf.dtype))
         return words.size * words.dtype.itemsize
     size = 1

@@ -39,7 +39,7 @@ def _encode(node: Any, name: str, tensors: dict[str, np.ndarray]) -> Any:
         return node
     if not isinstance(node, jax.Array | np.ndarray | np.generic):
         raise UserError(f"{name!r} in the trainable tree is a {type(node).__name__}, not an array")
-    if jnp.issubdtype(node.dtype, jax.dtypes.prng_key):
+    if partition.is_key(node):
         raise UserError(f"{name!r} in the trainable tree is a random key; only numbers are saved")
     if name in tensors:
         raise UserError(f"two arrays of the trainable tree would be called {name!r}")

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax import training
+from lora_jax import partition, training
 from lora_jax.data.bucketing import sizes, widen
 from lora_jax.plan.cost import out_of_memory
 from lora_jax.runs import Start
@@ -248,7 +248,7 @@ class Program:
         """Slots that hold nothing: zeros."""
 
         def zeros(x: Any) -> jax.Array:
-            if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            if partition.is_key(x):
                 return jnp.broadcast_to(jax.random.key(0), (self.shape.slots, *x.shape))
             return jnp.zeros((self.shape.slots, *x.shape), x.dtype)
 

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax import partition
 from lora_jax.tensors.base import Weight, WeightError, apply_primitive, is_weight, stacked
 
 _STATIC: dict[str, Any] = {"static": True}
@@ -243,7 +244,7 @@ def places(one: Any, depth: int, *, sliced: bool) -> tuple[Any, tuple[int, ...]]
 def _of_rows(x: jax.Array, rows: jax.Array, axis: int) -> jax.Array:
     """M's axis as one of rows. Keys of dropout are made different in rows of one member."""
     x = jnp.take(x, rows, axis=axis)
-    if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if not partition.is_key(x):
         return x
     fold = jax.random.fold_in
     for _ in range(x.ndim - 1):

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from lora_jax import partition
@@ -249,14 +248,10 @@ class Checkpoints:
             self.close()
 
 
-def is_key(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:
     """Shape, dtype and place of a leaf; of the words behind it if it is a random key."""
     sharding = getattr(x, "sharding", None)
-    if is_key(x):
+    if partition.is_key(x):
         words = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(x.shape, x.dtype))
         return jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=sharding)
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -264,14 +259,14 @@ def _abstract(x: Any) -> jax.ShapeDtypeStruct:
 
 def _flat(state: Any) -> dict[str, Any]:
     flat = partition.arrays(state)
-    return {path: jax.random.key_data(x) if is_key(x) else x for path, x in flat.items()}
+    return {path: jax.random.key_data(x) if partition.is_key(x) else x for path, x in flat.items()}
 
 
 def _unflat(like: Any, flat: dict[str, Any]) -> Any:
     leaves = []
     for path, old in partition.arrays(like).items():
         new = flat[path]
-        if is_key(old):
+        if partition.is_key(old):
             impl = jax.random.key_impl(old) if isinstance(old, jax.Array) else None
             new = jax.random.wrap_key_data(new, impl=impl)
         leaves.append(new)

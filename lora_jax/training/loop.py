@@ -18,9 +18,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from lora_jax import partition
 from lora_jax.errors import Interrupted, UserError
 from lora_jax.training import mesh as meshes
-from lora_jax.training.checkpoints import Checkpoints, is_key
+from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.reports import Reporter, line_of
 from lora_jax.training.spectra import Row
 from lora_jax.training.step import State
@@ -182,7 +183,7 @@ def fit(
 def _delete(state: State) -> None:
     """What the first step would do to it, donated: its caller may hold it until the run's end."""
     for leaf in jax.tree.leaves(state):
-        if isinstance(leaf, jax.Array) and not is_key(leaf):
+        if isinstance(leaf, jax.Array) and not partition.is_key(leaf):
             leaf.delete()
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from lora_jax.data.examples import Record
 from lora_jax.data.metrics import labels as scores
-from lora_jax.data.tasks.encoder import Labelled, class_index, field
+from lora_jax.data.tasks.encoder import Labelled, class_index, field, texts_of
 from lora_jax.errors import UserError
 
 
@@ -52,8 +52,7 @@ class Classification(Labelled):
 
     def texts(self, record: Record) -> tuple[str, ...]:
         """The text, or the two."""
-        names = (self.text,) if self.text_pair is None else (self.text, self.text_pair)
-        return tuple(str(field(record, name)) for name in names)
+        return texts_of(record, self.text, self.text_pair)
 
     def value(self, record: Record) -> int:
         """The class index."""

@@ -73,6 +73,11 @@ def field(record: Record, name: str) -> Any:
     return record[name]
 
 
+def texts_of(record: Record, *names: str | None) -> tuple[str, ...]:
+    """The fields of these names as text; None is no field."""
+    return tuple(str(field(record, name)) for name in names if name is not None)
+
+
 def class_index(value: Any, classes: int, names: Sequence[str] = ()) -> int:
     """The class of a label given as its index or as its name."""
     if isinstance(value, str) and value in names:

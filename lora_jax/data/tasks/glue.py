@@ -10,7 +10,7 @@ import numpy as np
 
 from lora_jax.data.examples import Record
 from lora_jax.data.metrics import labels
-from lora_jax.data.tasks.encoder import Labelled, class_index, field
+from lora_jax.data.tasks.encoder import Labelled, class_index, field, texts_of
 from lora_jax.errors import UserError
 
 
@@ -85,7 +85,7 @@ class Glue(Labelled):
 
     def texts(self, record: Record) -> tuple[str, ...]:
         """The sentence, or the two."""
-        return tuple(str(field(record, name)) for name in _SETS[self.name].fields)
+        return texts_of(record, *_SETS[self.name].fields)
 
     def value(self, record: Record) -> int | float:
         """The class, or stsb's value; -1 in test sets."""

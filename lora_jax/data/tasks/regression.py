@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_jax.data.examples import Record
 from lora_jax.data.metrics import labels as scores
-from lora_jax.data.tasks.encoder import Labelled, field
+from lora_jax.data.tasks.encoder import Labelled, field, texts_of
 from lora_jax.errors import UserError
 
 
@@ -38,8 +38,7 @@ class Regression(Labelled):
 
     def texts(self, record: Record) -> tuple[str, ...]:
         """The text, or the two."""
-        names = (self.text,) if self.text_pair is None else (self.text, self.text_pair)
-        return tuple(str(field(record, name)) for name in names)
+        return texts_of(record, self.text, self.text_pair)
 
     def value(self, record: Record) -> float:
         """The number."""
