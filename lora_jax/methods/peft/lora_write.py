@@ -13,7 +13,13 @@ from lora_jax.errors import UserError
 from lora_jax.methods.peft import fused
 from lora_jax.methods.peft.patterns import seven_digits
 from lora_jax.methods.peft.protocol import PREFIX, AdapterFiles, ModelNames, NoPeftForm, hf_module
-from lora_jax.methods.peft.targets import CLASSIFIERS, pattern_of, short_names, unit
+from lora_jax.methods.peft.targets import (
+    CLASSIFIERS,
+    pattern_of,
+    short_names,
+    unit,
+    with_parents,
+)
 from lora_jax.methods.peft.whole import add_whole, host
 
 
@@ -52,7 +58,7 @@ def write(
     tied = names.tied and names.tied_embedding in {*module_ranks, *to_save}
     if tied:
         _add_tied_head(names, tensors)
-    config = _config(module_ranks, alphas, _with_parents(names.modules), to_save)
+    config = _config(module_ranks, alphas, with_parents(names.modules), to_save)
     conv = {fused.plain(m) for m in names.linear if not names.transposed[f"{m}.weight"]}
     config |= {
         "bias": bias,
@@ -113,12 +119,6 @@ def _add_factors(
 def _alpha(scale: float, rank: int, rslora: bool) -> float:
     alpha = seven_digits(float(scale) * (rank**0.5 if rslora else rank))
     return int(alpha) if alpha == int(alpha) else alpha
-
-
-def _with_parents(modules: Collection[str]) -> set[str]:
-    """The modules and all that contain them, as torch's named_modules has them."""
-    parts = [fused.plain(m).split(".") for m in modules]
-    return {".".join(p[:n]) for p in parts for n in range(1, len(p) + 1)}
 
 
 def _config(

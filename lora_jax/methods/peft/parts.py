@@ -69,8 +69,7 @@ def write(
     bias, to_save = add_whole(names, whole, params, adapted, tensors)
     if bias != "none":
         raise NoPeftForm("biases trained apart from their modules are written for LoRA alone")
-    modules = {fused.plain(m) for m in names.modules}
-    every = {".".join(m.split(".")[:n]) for m in modules for n in range(1, m.count(".") + 2)}
+    every = targets.with_parents(names.modules)
     found = {
         "target_modules": targets.short_names(plain, every),
         "modules_to_save": targets.short_names(to_save, every) or None,

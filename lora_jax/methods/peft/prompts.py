@@ -13,7 +13,7 @@ from lora_jax import partition
 from lora_jax.errors import UserError, nearest
 from lora_jax.methods.peft.patterns import regexes
 from lora_jax.methods.peft.protocol import PREFIX, AdapterFiles, ModelNames, NoPeftForm
-from lora_jax.methods.peft.targets import is_kept, short_names
+from lora_jax.methods.peft.targets import is_kept, short_names, with_parents
 from lora_jax.methods.peft.whole import add_whole
 
 ROWS = "prompt_embeddings"
@@ -65,15 +65,10 @@ def write(
             **config,
             "num_virtual_tokens": int(rows.shape[0]),
             "num_transformer_submodules": 1,
-            "modules_to_save": short_names(modules, _with_parents(names)) or None,
+            "modules_to_save": short_names(modules, with_parents(names.modules)) or None,
         },
         tensors,
     )
-
-
-def _with_parents(names: ModelNames) -> set[str]:
-    parts = [module.split(".") for module in names.modules]
-    return {".".join(p[:n]) for p in parts for n in range(1, len(p) + 1)}
 
 
 def read(files: AdapterFiles, names: ModelNames, params: Any) -> Stored:

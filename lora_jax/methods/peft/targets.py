@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from lora_jax.methods.peft.fused import plain
@@ -77,10 +77,14 @@ def unit(module: str) -> str:
 
 def is_kept(config: Mapping[str, Any], module: str) -> bool:
     """Whether modules_to_save names the module or one that contains it."""
-    parts = plain(module).split(".")
-    outer = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
     kept = config.get("modules_to_save") or ()
-    return any(m == k or m.endswith(f".{k}") for m in outer for k in kept)
+    return any(m == k or m.endswith(f".{k}") for m in with_parents([module]) for k in kept)
+
+
+def with_parents(modules: Iterable[str]) -> set[str]:
+    """The modules and all that contain them, as torch's named_modules has them."""
+    parts = [plain(m).split(".") for m in modules]
+    return {".".join(p[:n]) for p in parts for n in range(1, len(p) + 1)}
 
 
 def short_names(chosen: Collection[str], every: Collection[str]) -> list[str]:
