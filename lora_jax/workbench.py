@@ -31,7 +31,7 @@ Batch = dict[str, Any]
 
 class Workbench:
     """Reads only `model`, `data`, `evaluation`, `mesh` and the loss's settings of the experiment,
-    and what its method changes about the base (`Method.changes_base`).
+    and what its method makes of the base (`Method.base_key`).
 
     Args:
       experiment: of any of the runs.

@@ -100,11 +100,12 @@ class Adapter(activations.ActivationMethod):
             raise UserError(f"size={self.size} must be at least 1, and drop={self.drop} at least 0")
 
     @property
-    def changes_base(self) -> bool:
-        return self.drop > 0
+    def base_key(self) -> dict[str, Any]:
+        return super().base_key | ({"drop": self.drop} if self.drop else {})
 
     def arrange(self, params: Any) -> Any:
         """Cuts the stack above the layers without adapters."""
+        params = super().arrange(params)
         if not self.drop:
             return params
         names = {partition.stack_name(s) for s in activations.stacks(params)}

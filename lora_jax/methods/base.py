@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import jax
@@ -87,17 +87,18 @@ class Method:
     size_field: ClassVar[str | None] = None
 
     @property
-    def changes_base(self) -> bool:
-        """Whether `arrange` or `placeholders` does something. The members of a sweep then share a
-        base only with those that are alike in all but the `numeric` fields."""
-        return False
+    def base_key(self) -> dict[str, Any]:
+        """What `arrange` and `placeholders` depend on: members of a sweep share a base where it is
+        equal."""
+        return {"train": getattr(self, "train", ())}
 
     def arrange(self, params: Any) -> Any:
         """`params` as the method needs them cut (`partition.split_stacks`): called once, on load.
 
-        All other methods of the protocol get what it returns.
+        All other methods of the protocol get what it returns. Here: between layers of which a leaf
+        is trained whole (`train`) and others.
         """
-        return params
+        return cut_between(params, getattr(self, "train", ()))
 
     def placeholders(self, params: Any) -> tuple[int, ...]:
         """Token ids to put behind every prompt, in training and in evaluation; none counts as a
@@ -207,12 +208,28 @@ class Method:
         raise UserError(f"{files.where}: {cls.name!r} is not read from PEFT's files")
 
 
+def cut_between(params: Any, *groups: Sequence[str]) -> Any:
+    """Cuts stacks between layers of which different groups of patterns match a leaf."""
+    cuts: dict[str, list[int]] = {}
+    for path in partition.flatten(params):
+        if (span := partition.stack_of(path)) is None:
+            continue
+        kinds = [
+            tuple(any(partition.matches(p, e) for p in group) for group in groups)
+            for e in partition.expand(path)
+        ]
+        edges = [span[0] + i for i, (a, b) in enumerate(itertools.pairwise(kinds), 1) if a != b]
+        if edges:
+            cuts.setdefault(partition.stack_name(path), []).extend(edges)
+    return partition.split_stacks(params, cuts) if cuts else params
+
+
 def whole_leaves(params: Any, patterns: tuple[str, ...]) -> list[str]:
     """Paths of the leaves trained whole: those whose expanded paths match a pattern.
 
     Without patterns there are none. Raises UserError where a pattern matches nothing, or only some
-    layers of a stacked leaf: such a stack must first be cut in segments, since a leaf either trains
-    or does not.
+    layers of a stacked leaf: such a stack must first be cut in segments (`Method.arrange`), since a
+    leaf either trains or does not.
     """
     if not patterns:
         return []
@@ -231,12 +248,9 @@ def whole_leaves(params: Any, patterns: tuple[str, ...]) -> list[str]:
         if all(hits):
             chosen.append(path)
         elif any(hits):
-            start, _ = partition.stack_of(path) or (0, 0)
-            cuts = [start + i for i in range(1, len(hits)) if hits[i] != hits[i - 1]]
-            stack = partition.stack_name(path)
             raise UserError(
                 f"train: {path!r} is stacked and only some of its layers match; cut it first: "
-                f"params = lora_jax.partition.split_stacks(params, {{{stack!r}: {cuts}}})"
+                "params = method.arrange(params)"
             )
     return chosen
 

@@ -39,8 +39,8 @@ class _LoRAWithPrefix(LoRA):
         self.special()  # its own checks
 
     @property
-    def changes_base(self) -> bool:
-        return self.special().changes_base
+    def base_key(self) -> dict[str, Any]:
+        return self.special().base_key | super().base_key
 
     def placeholders(self, params: Any) -> tuple[int, ...]:
         return self.special().placeholders(params)

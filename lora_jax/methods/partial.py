@@ -75,8 +75,8 @@ class TopLayers(FullFineTuning):
             raise UserError(f"layers={self.layers} must be at least 1")
 
     @property
-    def changes_base(self) -> bool:
-        return True
+    def base_key(self) -> dict[str, Any]:
+        return {**super().base_key, "layers": self.layers}
 
     def _layers(self, params: Any) -> dict[str, int]:
         """Number of layers of each stack, by its name (`layers`).
@@ -98,7 +98,7 @@ class TopLayers(FullFineTuning):
     def arrange(self, params: Any) -> Any:
         """Cuts every stack below its last `layers`."""
         cuts = {name: [count - self.layers] for name, count in self._layers(params).items()}
-        return partition.split_stacks(params, cuts)
+        return super().arrange(partition.split_stacks(params, cuts))
 
     def patterns(self, params: Any) -> tuple[str, ...]:
         found = []

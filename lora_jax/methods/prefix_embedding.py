@@ -79,8 +79,8 @@ class _Special(activations.ActivationMethod):
             )
 
     @property
-    def changes_base(self) -> bool:
-        return self.infix > 0
+    def base_key(self) -> dict[str, Any]:
+        return super().base_key | ({"infix": self.infix} if self.infix else {})
 
     def placeholders(self, params: Any) -> tuple[int, ...]:
         size = self._vocabulary(params)

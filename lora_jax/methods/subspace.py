@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 import re
 import zlib
@@ -140,23 +139,12 @@ class Subspace(base.Method):
         return base.whole_leaves(params, self.train)
 
     @property
-    def changes_base(self) -> bool:
-        return self.patterns != (".*",) or bool(self.train)
+    def base_key(self) -> dict[str, Any]:
+        return {**super().base_key, "patterns": self.patterns}
 
     def arrange(self, params: Any) -> Any:
         """Cuts stacks where the layers that are covered, or trained whole, begin and end."""
-        cuts: dict[str, list[int]] = {}
-        for path in partition.flatten(params):
-            if (span := partition.stack_of(path)) is None:
-                continue
-            kinds = [
-                tuple(any(partition.matches(p, e) for p in g) for g in (self.train, self.patterns))
-                for e in partition.expand(path)
-            ]
-            cuts.setdefault(partition.stack_name(path), []).extend(
-                span[0] + i + 1 for i, (a, b) in enumerate(itertools.pairwise(kinds)) if a != b
-            )
-        return partition.split_stacks(params, cuts)
+        return base.cut_between(params, self.train, self.patterns)
 
     def groups(self, spans: list[Span]) -> dict[str, int]:
         """The place of each expanded path's scale; empty with scales="none"."""

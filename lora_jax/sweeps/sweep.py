@@ -180,10 +180,7 @@ class Sweep:
         shared = {k: config[k] for k in ("model", "data", "evaluation", "mesh", "training")}
         shared["data"]["seed"] = shared["training"]["dropout_seed"] = None
         shared["training"]["start_from"] = None
-        method = member.experiment.method
-        if method.changes_base:
-            same = set(config["method"]) - set(type(method).numeric)
-            shared["method"] = {name: config["method"][name] for name in same}
+        shared["method"] = member.experiment.method.base_key
         key = json.dumps(shared, sort_keys=True)
         if key not in self._benches:
             self._benches[key] = Workbench(member.experiment)

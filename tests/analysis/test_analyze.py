@@ -252,8 +252,6 @@ def test_adapters_of_layers_that_are_cut(work, tmp_path):
         ("lora", lj.LoRA(rank=2, targets="query", train=("layers/0/mlp/up/",)), "query|0/mlp/up"),
     ):
         cut = method.arrange(params)
-        if name == "lora":  # PEFT's file, with a module of one layer in modules_to_save
-            cut = partition.split_stacks(params, {"layers": [1]})
         trainable = noise(method.init(jax.random.key(0), cut), 1)
         pretrained.save_adapter(tmp_path / name, model, method, trainable, params=cut)
         found = inside.open_updates(tmp_path / name, base=work / "base", dense=True)
@@ -268,12 +266,25 @@ def test_adapters_of_layers_that_are_cut(work, tmp_path):
             np.testing.assert_allclose(
                 x.singular_values(), s[: len(x.singular_values())], atol=1e-5
             )
+    # PEFT's files, with a module of one layer in modules_to_save.
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert config["modules_to_save"] == ["model.layers.0.mlp.up_proj"]
     # As PEFT writes it, which knows no method of ours.
     file = tmp_path / "lora" / opening.TENSORS
     save_file(load_file(file), file)
     assert len(inside.open_updates(tmp_path / "lora", base=work / "base", dense=True)) == 3
+
+
+def test_a_prefix_beside_a_module_of_one_layer(work, tmp_path):
+    model, params = pretrained.load_pretrained(work / "base")
+    method = lj.METHODS["prefix_tuning"](length=2, train=("layers/1/mlp/up/",))
+    cut = method.arrange(params)
+    trainable = noise(method.init(jax.random.key(0), cut), 1)
+    pretrained.save_adapter(tmp_path / "prefix", model, method, trainable, params=cut)
+    names = [n for n in load_file(tmp_path / "prefix" / opening.TENSORS) if "up_proj" in n]
+    assert names == ["base_model.model.layers.1.mlp.up_proj.weight"]
+    found = inside.open_updates(tmp_path / "prefix", base=work / "base", dense=True)
+    assert [x.path for x in found] == ["layers/1/mlp/up"]
 
 
 def test_what_is_refused_says_what_to_do(work, tmp_path, capsys):

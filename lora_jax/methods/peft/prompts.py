@@ -12,13 +12,17 @@ import numpy as np
 from lora_jax import partition
 from lora_jax.errors import UserError, nearest
 from lora_jax.methods.peft.patterns import regexes
-from lora_jax.methods.peft.protocol import PREFIX, AdapterFiles, ModelNames, NoPeftForm
+from lora_jax.methods.peft.protocol import (
+    PREFIX,
+    UNWRAPPED,
+    AdapterFiles,
+    ModelNames,
+    NoPeftForm,
+)
 from lora_jax.methods.peft.targets import is_kept, short_names, with_parents
 from lora_jax.methods.peft.whole import add_whole
 
 ROWS = "prompt_embeddings"
-# Here PEFT does not wrap the base: its tensors lack one part of the usual prefix.
-_PREFIX = "base_model."
 _KNOWN = {
     "auto_mapping", "base_model_name_or_path", "encoder_hidden_size", "inference_mode",
     "init_weights", "modules_to_save", "num_attention_heads", "num_layers",
@@ -58,7 +62,7 @@ def write(
     bias, modules = add_whole(names, whole, params, set(), kept) if whole else ("none", [])
     if bias != "none":
         raise NoPeftForm("beside a prompt PEFT trains whole modules, not biases alone")
-    tensors = {_PREFIX + name.removeprefix(PREFIX): value for name, value in kept.items()}
+    tensors = {UNWRAPPED + name.removeprefix(PREFIX): value for name, value in kept.items()}
     tensors[ROWS] = np.ascontiguousarray(rows, np.float32)
     return AdapterFiles(
         {
@@ -96,7 +100,7 @@ def read(files: AdapterFiles, names: ModelNames, params: Any) -> Stored:
         )
     found: dict[str, np.ndarray] = {}
     for name, value in tensors.items():
-        tensor = name.removeprefix(_PREFIX).replace(".modules_to_save.", ".")
+        tensor = name.removeprefix(UNWRAPPED).replace(".modules_to_save.", ".")
         if ".original_module." in tensor:
             continue  # PEFT's copy of the frozen module
         if tensor not in names.ours or value.shape != names.shapes[tensor]:

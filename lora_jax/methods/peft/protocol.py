@@ -12,6 +12,8 @@ from lora_jax.errors import UserError
 
 PREFIX = "base_model.model."
 """What PEFT puts before the base's tensor names."""
+UNWRAPPED = "base_model."
+"""The same beside a prompt or prefix, for which PEFT does not wrap the base."""
 
 
 class NoPeftForm(UserError):
