@@ -37,7 +37,8 @@ def table(scale: str) -> Table:
         targets = f"attention/({MATRICES[weights]})$"
         fields = {"targets": targets, "rank": rank, "alpha": float(rank)}
         work = minilm.trained(("lora", fields, minilm.LORA_RATES), scale)
-        rows.append(Row(f"Table {number}: {weights}, r={rank}", minilm.COLUMN, work))
+        label = f"{weights}, r={rank}"  # some stand in both tables
+        rows.append(Row(f"Table {number}: {label}", minilm.COLUMN, work, runs=label))
     return Table(
         f"LoRA paper, Tables 5 and 6 (which matrices, which rank), {scale}", tuple(rows),
         seeds=1 if scale == "smoke" else 3, claims=_claims() if scale == "small" else (),

@@ -41,6 +41,8 @@ class Row:
       published: where the paper's stands, or None.
       formula: trainable parameters by the paper's formula, to show beside what was counted.
       notes: footnotes of this row alone.
+      runs: names the folder of its runs; "": `row`. Rows of the same configs that stand under
+        several labels give the same name, and train them once.
     """
 
     row: str
@@ -49,6 +51,7 @@ class Row:
     published: Published | None = None
     formula: int | None = None
     notes: tuple[str, ...] = ()
+    runs: str = ""
 
     @property
     def name(self) -> str:
@@ -58,7 +61,7 @@ class Row:
     @property
     def folder(self) -> str:
         """Where its runs are: the row's columns share a folder."""
-        return re.sub(r"[^A-Za-z0-9.=-]+", "_", self.row).strip("_")
+        return re.sub(r"[^A-Za-z0-9.=-]+", "_", self.runs or self.row).strip("_")
 
 
 @dataclasses.dataclass(frozen=True)
