@@ -104,10 +104,11 @@ class Table:
         for one in self.rows:
             if not isinstance(one.work, Computed):
                 continue  # runs lie in folders named by what they are told
-            other = files.setdefault((one.folder, one.work.file), one.row)
-            if other != one.row:
+            label = one.runs or one.row
+            other = files.setdefault((one.folder, one.work.file), label)
+            if other != label:
                 raise UserError(
-                    f"the rows {other!r} and {one.row!r} of {self.title!r} would share the file "
+                    f"the rows {other!r} and {label!r} of {self.title!r} would share the file "
                     f"{one.folder}/{one.work.file}: let their labels differ in letters or digits, "
                     "or their functions have different names"
                 )

@@ -141,6 +141,16 @@ def test_a_function_that_gives_several_cells_is_called_once(tmp_path: Path) -> N
     assert frame["seeds"][2] == 0  # there is no such metric
 
 
+def test_rows_that_name_the_same_runs_share_them(tmp_path: Path) -> None:
+    calls: list[int] = []
+    work = tables.Computed(counting(calls), seeded=True)
+    rows = [tables.Row(f"Table {n}: q", "acc", work, runs="q") for n in (5, 6)]
+    frame = tables.run(tables.Table("t", tuple(rows)), "small", tmp_path, seeds=2).frame()
+    assert calls == [0, 1]
+    assert list(frame["row"]) == ["Table 5: q", "Table 6: q"]
+    assert list(frame["measured"]) == [10.5, 10.5]
+
+
 def test_all_metrics_of_a_row_are_of_one_choice(tiny_config: Any, tmp_path: Path) -> None:
     """Loss on general text is reported of the runs that were chosen by the task's metric."""
     (tmp_path / "text.txt").write_text("to be or not to be, that is the question\n" * 20)
