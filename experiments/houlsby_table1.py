@@ -6,7 +6,7 @@ Adapters with the layers' norms trained beside them, as in that paper. `paper`: 
 learning rate, epochs and size (section 3.2; batch and warm-up: 3.1), chosen on the development
 sets, for a GPU and the hub; what it prints is of GLUE's test server. Its row of full fine-tuning is
 BERT's own (Devlin et al. 2019, section 4.1), and so is that row's search. The settings and where
-each was read: `published/houlsby_hparams.csv`. `small`: MiniLM-L6 (extra `minilm`) on CoLA.
+each was read: `published/houlsby_hparams.csv`. `small`: MiniLM-L6 (extra `minilm`) on SST-2.
 """
 
 from typing import Any

@@ -90,11 +90,11 @@ def rows(
     )
 
 
-def claims(scale: str, *pairs: tuple[str, str]) -> tuple[Claim, ...]:
+def claims(scale: str, *pairs: tuple[str, str], column: str = COLUMN) -> tuple[Claim, ...]:
     """ "better beats worse" of rows by the names of their methods; none in a smoke test."""
     if scale == "smoke":
         return ()
-    return tuple(Claim(f"MiniLM-L6 {a}", f"MiniLM-L6 {b}", COLUMN) for a, b in pairs)
+    return tuple(Claim(f"MiniLM-L6 {a}", f"MiniLM-L6 {b}", column) for a, b in pairs)
 
 
 def seeds(scale: str) -> int:

@@ -313,6 +313,13 @@ def environment() -> Mapping[str, Any]:
     }
 
 
+def software() -> str:
+    """What `environment` says of packages and device, in a line."""
+    found = environment()
+    versions = (f"{name} {version}" for name, version in found["versions"].items())
+    return ", ".join((f"Python {found['python']}", *versions, str(found["device"])))
+
+
 def _commit() -> str | None:
     """None outside of a clone, and where git is not installed."""
     try:

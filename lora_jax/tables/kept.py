@@ -18,8 +18,8 @@ from lora_jax.tables.table import Filled, Table
 from lora_jax.tables.work import Measured, Work, plain
 
 log = logging.getLogger(__name__)
-_FIELDS = ("trainable_params", "seconds", "chosen", "reason", "notes")
-_NEEDED = {"values", "summary", "runs", *_FIELDS}
+_FIELDS = ("trainable_params", "seconds", "chosen", "reason", "notes", "software")
+_NEEDED = {"values", "summary", "runs", "notes"}  # an older version's file has no more
 
 
 def text(filled: Filled, before: Mapping[str, Measured] = MappingProxyType({})) -> str:

@@ -203,9 +203,11 @@ def _foot(filled: Filled) -> str:
     declared = filled.table.declared_cost(filled.scale)
     cost = f"Declared cost: {declared}; " if declared else ""
     took = f"computing took {spent / 60:.1f} minutes."
+    used = dict.fromkeys(x.measured.software for x in filled.lines if x.measured.software)
+    software = f" Measured with {'; '.join(used)}." if used else ""
     return (
         f"Scale: {filled.scale}. Measured: {kind[filled.table.statistic]}. "
-        f"{cost}{took if cost else took.capitalize()}"
+        f"{cost}{took if cost else took.capitalize()}{software}"
     )
 
 

@@ -21,7 +21,7 @@ from lora_jax.sweeps.ladder import Ladder
 from lora_jax.sweeps.smallest import FILE, Found, Smallest
 from lora_jax.sweeps.sweep import Options
 from lora_jax.sweeps.threshold import Statistic, Target, Threshold
-from lora_jax.tables.work import Measured, Overrides, Trained, hashed, told
+from lora_jax.tables.work import Measured, Overrides, Trained, hashed, named, told
 
 _SPENT = "seconds.json"
 
@@ -135,7 +135,7 @@ class Searched:
         return tuple(values.values())
 
     def _place(self) -> str:
-        return hashed([told(self.config), self.overrides, self.size, self.vary, self.grid])
+        return hashed([told(self.config), named(self.overrides), self.size, self.vary, self.grid])
 
     def _chosen(self, place: Path, seeds: Sequence[int], progress: bool) -> Overrides:
         if len(self.grid) < 2:

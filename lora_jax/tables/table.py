@@ -19,6 +19,7 @@ import pandas as pd
 from lora_jax import config as configs
 from lora_jax import statistics
 from lora_jax.errors import UserError, nearest
+from lora_jax.runs import software
 from lora_jax.tables.published import Cited, Published
 from lora_jax.tables.work import Computed, Counted, Following, Measured, NotRun, Work
 
@@ -249,7 +250,9 @@ def run(
     follow = {row.name for row in table.rows if isinstance(row.work, Following)}
     final = {name: measured for name, measured in of(known).items() if name not in follow}
     there = {**of(earlier), **final}
-    out = {r.name for r in table.rows if not wanted.search(r.name)}
+    # What is not run at all gives its own reason in any case.
+    out = {r.name for r in table.rows
+           if not wanted.search(r.name) and not isinstance(r.work, NotRun)}  # fmt: skip
     # A row that is left out stands with all seeds it has.
     there |= {name: x for name, x in {**earlier, **known}.items() if name in out - follow}
     lines = {r.name: _line(table, r, there[r.name]) for r in table.rows if r.name in there}
@@ -264,6 +267,7 @@ def run(
                 has = of({n: x.measured for n, x in lines.items() if x.measured.found})
                 work = work.given(has)
             measured = _measure(row.name, work, workdir / scale / row.folder, numbers, progress)
+            measured = _with_software(measured, earlier.get(row.name))
             lines[row.name] = _line(table, row, measured)
         elif row.name not in lines:
             lines[row.name] = _line(table, row, Measured({}, reason="left out by --rows"))
@@ -292,6 +296,15 @@ def _measure(name: str, work: Work, folder: Path, seeds: Sequence[int], progress
         if progress:
             print(f"failed: {reason}", flush=True)
         return Measured({}, reason=reason, failed=True)
+
+
+def _with_software(measured: Measured, before: Measured | None) -> Measured:
+    """With the versions of now, or of the earlier call that had the same numbers."""
+    if not measured.found:
+        return measured
+    if before is None or (before.values, before.summary) != (measured.values, measured.summary):
+        return dataclasses.replace(measured, software=software())
+    return dataclasses.replace(measured, software=before.software)
 
 
 def again(failed: Sequence[Line]) -> str:

@@ -47,6 +47,7 @@ class Measured:
       beyond: of a threshold that lies beyond the sizes run: the last of them, and 0 or infinity.
         The summary then has an interval and no value.
       notes: what the runs showed besides, for the footnotes.
+      software: versions and device that it was measured with, where that is known.
     """
 
     values: Mapping[int, float]
@@ -61,6 +62,7 @@ class Measured:
     notes: tuple[str, ...] = ()
     known_from: str = ""
     seeds: tuple[int, ...] = ()
+    software: str = ""
 
     @property
     def where(self) -> str:
@@ -94,13 +96,22 @@ def told(config: str) -> list[str]:
     return [Path(path).name, *kept]
 
 
+def named(overrides: Any) -> Any:
+    """Overrides with the names of data's files, without the folders that they lie in."""
+    if not isinstance(overrides, Mapping):
+        return overrides
+    return {k: Path(v).name if k.endswith("path") and isinstance(v, str) else named(v)
+            for k, v in overrides.items()}  # fmt: skip
+
+
 def plain(value: Any) -> Any:
     """For `json.dumps(default=)`: works and baselines by what they are told, other mappings than
     dicts, NumPy's numbers."""
     if dataclasses.is_dataclass(value):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        config = fields.get("config")
-        return {**fields, "config": told(config)} if isinstance(config, str) else fields
+        if isinstance(config := fields.get("config"), str):
+            fields["config"] = told(config)
+        return {name: named(x) for name, x in fields.items()}
     return dict(value) if isinstance(value, Mapping) else configs.plain(value)
 
 
@@ -188,7 +199,7 @@ class Trained:
 
     def _place(self) -> str:
         """The same for all metrics of the same runs, and for grids that share some of them."""
-        return hashed([told(self.config), self.overrides])
+        return hashed([told(self.config), named(self.overrides)])
 
     def _value(self, result: Mapping[str, Any], metric: str) -> float:
         if metric not in result["metrics"]:

@@ -12,15 +12,17 @@ import pandas as pd
 import pytest
 
 from lora_jax import config as configs
-from lora_jax import tables, training
+from lora_jax import statistics, tables, training
 from lora_jax.errors import UserError
 from lora_jax.methods.base import Method
 from lora_jax.plan.sketch import Sketch
 from lora_jax.sweeps import grid
+from lora_jax.tables import kept
 from lora_jax.tables.table import SCALES
 from lora_jax.tables.work import Measured
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+RESULTS = EXPERIMENTS / "results"
 
 
 @pytest.fixture
@@ -240,6 +242,23 @@ def test_spread_over_rates(tmp_path: Path, monkeypatch: Any) -> None:
     assert values(1e-2) == {}
     with pytest.raises(UserError, match="diverged at rates 0.01"):
         values()
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*_small.json")), ids=lambda p: p.stem)
+def test_kept_results_are_of_the_tables_as_they_are(
+    path: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """`--known` takes each row of them, and renders the numbers that stand beside."""
+    monkeypatch.setenv("E2E_DIR", str(tmp_path))  # Table 3 was measured on the original data
+    monkeypatch.setenv("GENERAL_TEXT", str(tmp_path / "input.txt"))
+    table = tables.load(str(EXPERIMENTS / f"{path.stem.removesuffix('_small')}.py"), "small")
+    known = kept.read([path], table, "small")
+    assert sorted(known) == sorted(json.loads(path.read_text())["rows"])
+    beside = pd.read_csv(path.with_suffix(".csv")).set_index(["row", "metric"])["measured"]
+    for row in table.rows:
+        if row.name in known and known[row.name].values:
+            value = statistics.summarize(list(known[row.name].values.values()), table.statistic)
+            assert value.value == pytest.approx(beside[row.row, row.metric]), row.name
 
 
 def test_houlsbys_searches_are_the_printed_ones() -> None:

@@ -151,6 +151,22 @@ def test_rows_that_name_the_same_runs_share_them(tmp_path: Path) -> None:
     assert list(frame["measured"]) == [10.5, 10.5]
 
 
+def test_a_table_says_with_what_it_was_measured(tmp_path: Path, monkeypatch: Any) -> None:
+    table = a_table([])
+    monkeypatch.setattr(tables.table, "software", lambda: "jax 1")
+    file = render.write(tables.run(table, "small", tmp_path, seeds=2), tmp_path, "t")[-1]
+    monkeypatch.setattr(tables.table, "software", lambda: "jax 2")
+
+    def lines(seeds: int) -> list[str]:
+        before = kept.earlier(file, table, "small")
+        filled = tables.run(table, "small", tmp_path, seeds=seeds, earlier=before)
+        assert "computing took 0.0 minutes. Measured with jax" in render.markdown(filled)
+        return [line.measured.software for line in filled.lines]
+
+    assert lines(2) == ["jax 1", "jax 1", ""]  # the last one is not run
+    assert lines(3) == ["jax 2", "jax 1", ""]
+
+
 def test_all_metrics_of_a_row_are_of_one_choice(tiny_config: Any, tmp_path: Path) -> None:
     """Loss on general text is reported of the runs that were chosen by the task's metric."""
     (tmp_path / "text.txt").write_text("to be or not to be, that is the question\n" * 20)
@@ -255,6 +271,12 @@ def test_rows_that_are_not_there(tmp_path: Path) -> None:
         tables.run(a_table([]), "small", tmp_path, rows="x / d9")
     with pytest.raises(UserError, match="no regular expression"):
         tables.run(a_table([]), "small", tmp_path, rows="(")
+
+
+def test_what_is_not_run_says_why_whichever_rows_are_asked_for(tmp_path: Path) -> None:
+    first, _, last = tables.run(a_table([]), "small", tmp_path, rows="^c ").lines
+    assert first.measured.reason == "left out by --rows"
+    assert last.measured.reason == "no such model here"
 
 
 def test_a_grid_is_chosen_in_its_metrics_own_direction() -> None:
@@ -499,6 +521,9 @@ def test_another_model_is_another_config_and_other_places_of_data_are_not() -> N
     assert tables.work.told(a) != tables.work.told(b)
     at = [tables.work.told(f"{d}/c.py:task=a,data_dir={d},folder={d}x") for d in ("/x", "y")]
     assert at[0] == at[1] == ["c.py", "task=a"]
+    text = [{"source": {"kind": "files", "path": path}, "rate": 1} for path in ("/x/a", "y/a", "b")]
+    one, same, other = (kept.settings(tables.Trained("c.py", overrides=x)) for x in text)
+    assert one == same != other
 
 
 def test_a_kept_row_of_other_settings_is_measured_anew(tmp_path: Path, caplog: Any) -> None:
