@@ -11,7 +11,7 @@ head. The new head lies in the subspace as everything else does. `random`: the s
 weights drawn by `seed`. `embeddings=False` leaves them out of the subspace: on a CPU their
 transforms are most of a step's time. A run ends when `patience` epochs in a row were no better.
 
-MiniLM-L6 on 1,000 sentences of SST-2: 0.9 of full fine-tuning's 0.798 takes d = 161 [96, 796] by
+MiniLM-L6 on 1,000 sentences of SST-2: 0.9 of full fine-tuning's 0.798 takes d = 161 [96, 795] by
 said, over 2 seeds (experiments/aghajanyan_table1.py); a run takes some four minutes on one CPU
 core. The larger models are for a GPU.
 """

@@ -22,8 +22,9 @@ got more networks.
 
 Measured so, `small`, 3 seeds, 15 cases: none of the six foretells r90. Spearman's ρ lies between
 −0.54 [−0.84, 0.00] (rank of 90 % energy) and 0.51 [−0.04, 0.82] (directions above noise), and every
-interval holds 0. What there is of an order points the other way: MiniLM's gradients spread over far
-more directions than those of the networks from a random start, and there rank 1 is already enough.
+interval holds 0. What there is of an order points the other way for five of the six: by effective
+rank and by the rank of 90 % energy MiniLM's gradients spread over more directions than those of the
+networks from a random start, and there rank 1 is already enough; above the noise they have fewer.
 
 `small`: fully connected networks and LeNet on MNIST from a random start, MiniLM-L6 (extra
 `minilm`) on SST-2; the same command goes on where it was. `paper`: more targets, five
