@@ -22,6 +22,7 @@ import glue
 import ml_collections
 
 from lora_jax.config import parse_arg
+from lora_jax.errors import UserError, nearest
 
 METHODS = {
     "did": {"kind": "subspace", "scope": "tensor"},
@@ -60,6 +61,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
 
 def _method(args: Any) -> dict[str, Any]:
+    if args.method not in METHODS:
+        raise UserError(f"there is no method {args.method!r} here; {nearest(args.method, METHODS)}")
     method: dict[str, Any] = dict(METHODS[args.method])
     if method["kind"] == "subspace":
         method |= {

@@ -17,6 +17,7 @@ cores.
 import ml_collections
 
 from lora_jax.config import parse_arg
+from lora_jax.errors import UserError, nearest
 
 # The shapes, as config.json would have them.
 NETS = {
@@ -30,6 +31,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         arg, net="fc", dimension=750, projection="fastfood", rate=0.0, steps=4000, patience=4,
         shuffle=False, seed=0, data_dir="",
     )  # fmt: skip
+    if args.net not in NETS:
+        raise UserError(f"there is no net {args.net!r} here; {nearest(args.net, NETS)}")
     config = ml_collections.ConfigDict()
     config.model = {"shape": NETS[args.net], "init_seed": args.seed}
     if args.dimension:

@@ -25,6 +25,8 @@ import benchmarking as bench
 import numpy as np
 import torch_peer
 
+from lora_jax import host
+
 RANKS, RATES = (2, 4, 8, 16), (1e-4, 3e-4, 1e-3, 3e-3)
 WORDS, TEXTS, HELD_OUT = 200, 2048, 256
 LENGTH = 24  # words of a text
@@ -135,13 +137,13 @@ def timed(command: list[str]) -> float:
     return time.perf_counter() - began
 
 
-def lora_jax(*command: str) -> list[str]:
+def cli(*command: str) -> list[str]:
     return [sys.executable, "-m", "lora_jax.cli", *command]
 
 
 def packed(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     work = folder / "sweep"
-    command = lora_jax("sweep", str(folder / "config.py"), "--workdir", str(work), "--quiet",
+    command = cli("sweep", str(folder / "config.py"), "--workdir", str(work), "--quiet",
                        "--mode", options.mode)  # fmt: skip
     total = timed(command)
     result = json.loads((work / "result.json").read_text())
@@ -162,7 +164,7 @@ def alone(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     for number, (rank, rate) in enumerate((r, t) for r in ranks for t in rates):
         work = folder / f"run{number}"
         total += timed(
-            lora_jax("run", str(folder / "config.py"), "--workdir", str(work), "--quiet",
+            cli("run", str(folder / "config.py"), "--workdir", str(work), "--quiet",
                      f"--config.method.rank={rank}", f"--config.method.alpha={2.0 * rank}",
                      f"--config.optimizer.learning_rate={rate}")
         )  # fmt: skip
@@ -195,8 +197,6 @@ def peft(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def peft_member(options: argparse.Namespace) -> None:
     """One member with transformers and PEFT: load, train, evaluate, save."""
-    import resource
-
     import tokenizers
     import torch
 
@@ -220,8 +220,7 @@ def peft_member(options: argparse.Namespace) -> None:
     with torch.no_grad():
         logits = model(input_ids=torch.from_numpy(ids[TEXTS:])).logits.numpy()
     trainer.save_adapter(folder / "peft_adapter")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    found = {"updates_seconds": updates, "peak_bytes": peak,
+    found = {"updates_seconds": updates, "peak_bytes": host.peak_bytes(),
              "accuracy": float((logits.argmax(-1) == labels[TEXTS:]).mean())}  # fmt: skip
     options.out.write_text(json.dumps(found))
 
@@ -261,10 +260,7 @@ def main() -> None:
         "command": " ".join(sys.argv),
         "versions": bench.versions("jax", "torch", "transformers", "peft"),
     }  # fmt: skip
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
-        print(f"wrote {options.out}")
+    bench.write_results(options.out, result)
     return None
 
 

@@ -10,9 +10,9 @@ exactly zero, as that of A is at the start. A dropout rate has no such derivativ
 jump.
 
 Outcome, means over 3 seeds: at rates of 0.01 and 0.03 the two agree to 0.2 %. At 0.1, or at a scale
-of 4, they differ by 1 to 28 %; at 0.3 three of the four are in the hundreds, and by the scale the two
-differ in sign: the loss is then too rough for its slope over 0.1 % of the rate or scale to be its slope at a
-point, and a derivative of it, however exact, is no guide to a better rate.
+of 4, they differ by 1 to 28 %; at 0.3 three of the four are in the hundreds, and by the scale the
+two differ in sign: the loss is then too rough for its slope over 0.1 % of the rate or scale to be
+its slope at a point, and a derivative of it, however exact, is no guide to a better rate.
 
 `MNIST_DIR` names a folder with TFDS's mnist. `smoke`: two updates.
 """

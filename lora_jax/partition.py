@@ -127,6 +127,11 @@ def module(path: str) -> str:
     return path.rsplit("/", 1)[0] if "/" in path else path
 
 
+def is_embedding(path: str) -> bool:
+    """Whether the leaf is called `embedding`, as Flax calls tables of vectors."""
+    return path.removesuffix("/value").endswith("embedding")
+
+
 def sibling(path: str, name: str) -> str:
     """The path of the leaf called `name` in the module that owns the leaf at `path`."""
     leaf = path.removesuffix("/value")

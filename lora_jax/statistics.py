@@ -10,6 +10,8 @@ from typing import Literal
 import numpy as np
 
 Statistic = Literal["mean", "median"]
+LEVEL = 0.95
+"""Of all intervals here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Summary:
     n: int
 
 
-def mean(values: Sequence[float], level: float = 0.95) -> Summary:
+def mean(values: Sequence[float]) -> Summary:
     """The mean, with Student's t interval: right for values that scatter normally."""
     from scipy import stats  # not before it is needed: it is slow to import
 
@@ -37,7 +39,7 @@ def mean(values: Sequence[float], level: float = 0.95) -> Summary:
     if n < 2:
         return Summary(value, math.nan, math.nan, math.nan, n)
     std = float(x.std(ddof=1))
-    half = float(stats.t.ppf(0.5 + level / 2, n - 1)) * std / math.sqrt(n)
+    half = float(stats.t.ppf(0.5 + LEVEL / 2, n - 1)) * std / math.sqrt(n)
     return Summary(value, value - half, value + half, std, n)
 
 
@@ -66,7 +68,7 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Summary | None:
     return mean([a[s] - b[s] for s in common]) if common else None
 
 
-def rank_correlation(x: Sequence[float], y: Sequence[float], level: float = 0.95) -> Summary | None:
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> Summary | None:
     """Spearman's ρ of pairs, with an interval; None of fewer than 4, or where one never varies.
 
     A pair with NaN is left out.
@@ -84,6 +86,6 @@ def rank_correlation(x: Sequence[float], y: Sequence[float], level: float = 0.95
     value = float(np.corrcoef(stats.rankdata(x), stats.rankdata(y))[0, 1])
     most = 1.0 - 6.0 / (n**3 - n)
     middle = math.atanh(min(max(value, -most), most))
-    half = float(stats.norm.ppf(0.5 + level / 2)) * math.sqrt((1 + value**2 / 2) / (n - 3))
+    half = float(stats.norm.ppf(0.5 + LEVEL / 2)) * math.sqrt((1 + value**2 / 2) / (n - 3))
     low, high = math.tanh(middle - half), math.tanh(middle + half)
     return Summary(value, min(low, value), max(high, value), math.nan, n)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -235,17 +235,19 @@ class Workbench:
         if self.by_loss:
             return self.loss_sums
         if self.task.head != "lm":
-            return functools.partial(evaluation.logits, self.model)
-        return functools.partial(self._decode, ends=self._ends(self.tokenizer.eos_id))
+            return functools.partial(loss.outputs, self.model)
+        return self._decode
 
-    def _ends(self, eos_id: int | None) -> tuple[int, ...]:
-        return () if eos_id is None else (eos_id,)
+    @property
+    def _ends(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        return () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
 
-    def _decode(self, variables: Any, batch: Batch, ends: tuple[int, ...]) -> jax.Array:
+    def _decode(self, variables: Any, batch: Batch) -> jax.Array:
         e = self.experiment.evaluation
         return decoding.decode(
             self.model, variables, batch["tokens"], batch["padding"],
-            max_new_tokens=e.max_new_tokens, ends=ends, pad_id=self.pad_id,
+            max_new_tokens=e.max_new_tokens, ends=self._ends, pad_id=self.pad_id,
             num_beams=e.num_beams, length_penalty=e.length_penalty,
             no_repeat_ngram_size=e.no_repeat_ngram_size,
         )  # fmt: skip
@@ -256,11 +258,11 @@ class Workbench:
         if self.by_loss:
             return list(outputs)
         if self.task.head == "lm":
-            ids = prompts.collect(
-                self.evaluation_batches, outputs, self._ends(self.tokenizer.eos_id)
-            )
-            return [self.tokenizer.decode(x, skip_special_tokens=True).strip() for x in ids]
+            return self._texts(prompts.collect(self.evaluation_batches, outputs, self._ends))
         return evaluation.real_rows(self.evaluation_batches, outputs)
+
+    def _texts(self, answers: Iterable[Sequence[int]]) -> list[str]:
+        return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
     def score(self, predictions: Any) -> dict[str, float]:
         """The task's metrics, the principal one first."""
@@ -303,7 +305,7 @@ class Workbench:
             num_beams=e.num_beams, length_penalty=e.length_penalty,
             no_repeat_ngram_size=e.no_repeat_ngram_size, batch_size=e.batch_size,
         )  # fmt: skip
-        return [self.tokenizer.decode(x, skip_special_tokens=True).strip() for x in ids]
+        return self._texts(ids)
 
     def evaluate_base(self, seed: int) -> tuple[dict[str, float], Any]:
         """The base model with k examples in its prompt, on the same records; best k kept.
@@ -319,7 +321,7 @@ class Workbench:
             return {}, []
         picked = np.random.default_rng(seed).permutation(len(self.train_records))
         newline, start = self.tokenizer.encode("\n")[-1], opening(self.tokenizer)
-        ends = (newline, *self._ends(self.tokenizer.eos_id))
+        ends = (newline, *self._ends)
         records = self.validation_records
         asked = [self.task.prompt_ids(r, self.tokenizer) for r in records]
         best: tuple[float, dict[str, float], Any] | None = None
@@ -335,7 +337,7 @@ class Workbench:
                 max_new_tokens=e.max_new_tokens, eos_id=ends, pad_id=self.pad_id,
                 batch_size=e.batch_size,
             )  # fmt: skip
-            answers = [self.tokenizer.decode(x, skip_special_tokens=True).strip() for x in ids]
+            answers = self._texts(ids)
             found = self.score(answers)
             value = found[self.task.principal]
             print(f"base model, {k} examples in the prompt: {self.task.principal} {value:.3f}")

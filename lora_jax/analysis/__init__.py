@@ -1,11 +1,11 @@
-"""Inside an update ΔW: spectra, subspaces, amplification, intruders. Pure functions of arrays.
+"""What training did to a weight: spectra, subspaces, amplification, intruders of an update ΔW.
 
-Before it: the spectra of first gradients, and the curvature of the loss.
+And what can be measured before training: `gradients`, and `curvature` (JAX alone).
 
-Every function takes NumPy or JAX arrays and computes in the library and dtype of what it gets: on
-the host in float64, or inside `jit` and `vmap`. Matrices are [in, out] as in y = x·W, with leading
-batch axes wherever they make sense, and low-rank ones are factors A [in, r] and B [r, out]: a
-product A·B is never formed. `lora_jax.inside` applies this to whole adapters.
+Pure functions. They take NumPy or JAX arrays and compute in the library and dtype of what they get:
+on the host in float64, or inside `jit` and `vmap`. Matrices are [in, out] as in y = x·W, with
+leading batch axes wherever they make sense, and low-rank ones are factors A [in, r] and B [r, out]:
+a product A·B is never formed. `lora_jax.inside` applies this to whole adapters.
 """
 
 from lora_jax.analysis.curvature import (

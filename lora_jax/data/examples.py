@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any, Literal, Protocol, TypedDict
 
 import numpy as np
@@ -81,7 +81,7 @@ class Task(Protocol):
         ...
 
 
-_LOWER = ("loss", "error", "error_rate", "perplexity")
+_LOWER = ("loss", "error", "error_rate", "mse", "perplexity")
 
 
 def higher_is_better(task: Task, metric: str) -> bool:
@@ -136,9 +136,22 @@ def eos(tokenizer: Tokenizer) -> int:
     return tokenizer.eos_id
 
 
-def strings(record: Record, field: str) -> list[str]:
+def field(record: Record, name: str) -> Any:
+    """A field of the record, with an error that lists its fields."""
+    if name not in record:
+        raise UserError(f"The record has no field {name!r}. Its fields: {', '.join(record)}.")
+    return record[name]
+
+
+def one_each(predictions: Sized, records: Sequence[Record]) -> None:
+    """UserError where there are no records, or not a prediction for each."""
+    if len(predictions) != len(records) or not records:
+        raise UserError(
+            f"{len(predictions)} predictions for {len(records)} records: give one for each."
+        )
+
+
+def strings(record: Record, name: str) -> list[str]:
     """A field that holds one string or several, as a list."""
-    if field not in record:
-        raise UserError(f"The record has no field {field!r}. Its fields: {', '.join(record)}.")
-    value = record[field]
+    value = field(record, name)
     return [value] if isinstance(value, str) else [str(v) for v in value]

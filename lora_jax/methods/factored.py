@@ -13,7 +13,7 @@ import numpy as np
 from lora_jax import partition
 from lora_jax.errors import UserError
 from lora_jax.methods import base
-from lora_jax.methods.lora import LoRA, rule_names
+from lora_jax.methods.lora import Layout, LoRA, rule_names
 from lora_jax.methods.peft.patterns import regexes, rules
 from lora_jax.methods.peft.whole import host
 from lora_jax.tensors.base import is_weight
@@ -89,10 +89,6 @@ def _live(a: np.ndarray, b: np.ndarray) -> Pair | None:
     return (a[:, live], b[live]) if np.any(live) else None
 
 
-def sizes(letters: str, shape: tuple[int, ...], letter: str) -> tuple[int, ...]:
-    return tuple(n for n, x in zip(shape, letters, strict=True) if x == letter)
-
-
 def lora_of(
     factors: Factors, whole: Mapping[str, jax.Array], params: Any
 ) -> tuple[LoRA, base.Trainable]:
@@ -136,7 +132,7 @@ def _leaf(
     pairs: Sequence[Pair | None], letters: str, shape: tuple[int, ...], widest: int
 ) -> dict[str, jax.Array]:
     """{"a": [*batch, *in, r], "b": [*batch, r, *out]}, padded with zeros."""
-    batch, ins, outs = (sizes(letters, shape, k) for k in "bio")
+    batch, ins, outs = (Layout(letters).sizes(shape, k) for k in "bio")
     a = np.zeros((len(pairs), int(np.prod(ins)), widest), np.float32)
     b = np.zeros((len(pairs), widest, int(np.prod(outs))), np.float32)
     for at, pair in enumerate(pairs):

@@ -19,6 +19,7 @@ from lora_jax import partition
 from lora_jax.errors import UserError
 from lora_jax.methods import base, peft
 from lora_jax.methods.peft import lora_read, lora_write
+from lora_jax.tensors.base import densify
 from lora_jax.tensors.low_rank import LowRank
 
 ALL_LINEAR = "all-linear"
@@ -215,7 +216,7 @@ class LoRA(base.Method):
         shape = tuple(leaf.shape)
         ins, outs = layout.sizes(shape, "i"), layout.sizes(shape, "o")
         batch, widest = layout.sizes(shape, "b"), max(ranks)
-        embedding = path.removesuffix("/value").endswith("embedding")
+        embedding = partition.is_embedding(path)
         drawn = outs if embedding else ins
         n_other = math.prod(batch) // len(ranks)  # experts, or a stack that the path does not show
         own = [f"#{j}" for j in range(n_other)] if n_other > 1 else [""]
@@ -308,8 +309,6 @@ class LoRA(base.Method):
         So merged and unmerged weights differ by at most half a unit in the last place of W's
         dtype, an element; `unmerge` gives W back to one unit of the larger of |W|, |W + s·A·B|.
         """
-        from lora_jax.tensors.base import densify
-
         return densify(self._weights(params, trainable, None, self.numbers(params)))
 
     def unmerge(self, merged: Any, trainable: base.Trainable) -> Any:

@@ -38,7 +38,7 @@ class LoRAFA(LoRA):
     def ranks(self, params: Any) -> dict[str, list[int]]:
         found = super().ranks(params)
         for path in found:
-            if path.removesuffix("/value").endswith("embedding"):
+            if partition.is_embedding(path):
                 raise UserError(f"LoRA-FA cannot adapt the embedding {path!r}: take it off targets")
         return found
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lora_jax import partition
 from lora_jax.errors import UserError
 from lora_jax.methods import base
 from lora_jax.methods.lora import LoRA
@@ -78,5 +79,4 @@ class LoRAPlus(LoRA):
 def _is_b(path: tuple[Any, ...]) -> bool:
     """Whether a path of the trainable tree is that of a matrix's second factor."""
     names = [str(getattr(part, "key", part)) for part in path]
-    leaf = names[0].removesuffix("/value")
-    return names[1:] == ["b"] and not leaf.endswith("embedding")
+    return names[1:] == ["b"] and not partition.is_embedding(names[0])

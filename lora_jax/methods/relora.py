@@ -89,7 +89,7 @@ class ReLoRA(LoRA):
         for path, scale in self.scales(params).items():
             value = trainable[path]
             leaf = self._weight(path, flat[path], value, scale)
-            w = densify(leaf.w) if not hasattr(leaf.w, "astype") else leaf.w
+            w = densify(leaf.w)
             new[path] = (w.astype(wide(w.dtype)) + value["delta"] + leaf.delta()).astype(w.dtype)
         whole = {p: v for p, v in trainable.items() if p not in new}
         return densify(partition.combine(params, {**new, **whole}))

@@ -133,8 +133,8 @@ def require(hf: Mapping[str, Any], keys: Sequence[str]) -> None:
 
 def refuse(hf: Mapping[str, Any], problems: Sequence[str]) -> None:
     """UserError that lists every option that would change the numbers and is not implemented, and
-    how the weights are quantised if they are: of a reader that gives dense ones no config says
-    it."""
+    how the weights are quantised if they are. A reader that gives dense ones has taken that out of
+    the config (`pretrained.bitsandbytes.Dequantized`)."""
     if quantised := hf.get("quantization_config"):
         by = quantised.get("quant_method", "")
         problems = [*problems, f"quantization_config {by} (only bitsandbytes' nf4)"]

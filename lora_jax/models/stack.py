@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Iterable
 from typing import Any
 
 import jax
 from flax import linen as nn
 
+from lora_jax import partition
 from lora_jax.errors import UserError
 
-_SEGMENT = re.compile(r"layers\[(\d+):(\d+)\]")
 REMAT = ("none", "full", "dots")
 FEW = 6
 """So many layers are compiled without a loop, unless a config says otherwise."""
@@ -49,11 +48,7 @@ def segments_in(
     Raises:
       UserError: the segments leave out a layer or hold one twice.
     """
-    found = []
-    for name in names:
-        match = _SEGMENT.fullmatch(name)
-        if match:
-            found.append(Segment(int(match[1]), int(match[2])))
+    found = [Segment(*span) for name in names if (span := partition.stack_of(name))]
     if not found:
         edges = [0, *cuts, num_layers]
         return tuple(Segment(*pair) for pair in itertools.pairwise(edges))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -106,7 +107,4 @@ def _leaf_bytes(leaf: Any) -> int:
     if partition.is_key(leaf):
         words = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(shape, leaf.dtype))
         return words.size * words.dtype.itemsize
-    size = 1
-    for n in shape:
-        size *= n
-    return size * leaf.dtype.itemsize
+    return math.prod(shape) * leaf.dtype.itemsize

@@ -82,6 +82,7 @@ class Program:
         self.frozen = start.frozen
         self._start = start
         self._compiled: dict[str, Any] = {}
+        self._functions: dict[Callable[[Any, Batch], Any], Any] = {}
         self._single = training.step_function(
             functools.partial(bench.loss, axis_name=_MEMBERS),
             start.method,
@@ -315,7 +316,7 @@ class Program:
         return weight_norms(self.method, self.frozen, one.trainable, one.numbers)
 
     def _mapped(self, function: Callable[[Any, Batch], Any]) -> Callable[..., Any]:
-        cache = self.__dict__.setdefault("_cache", {})
+        cache = self._functions
         if function not in cache:
 
             def one(frozen: Any, trainable: Any, numbers: Any, batch: Batch) -> Any:

@@ -85,7 +85,7 @@ def _quantised(path: str, leaf: Any, kind: str) -> Any:
             f"quantize: {path!r} of shape {tuple(leaf.shape)} and dtype {leaf.dtype} is neither a "
             "matrix nor a convolution's kernel: put (its path, None) before the rules"
         )
-    if partition.module(path) != path and path.removesuffix("/value").endswith("embedding"):
+    if partition.module(path) != path and partition.is_embedding(path):
         order = (0, 1)
     made = _program(kind, batch, order)(leaf)
     if isinstance(made, Int8):

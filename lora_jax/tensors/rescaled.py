@@ -137,7 +137,7 @@ class Rescaled(Over):
 
     def rule_reshape(self, args: Sequence[Any], at: int, params: Any) -> Any:
         """Merging or splitting axes, along all of which g varies or along none."""
-        groups = structure._axis_groups(self.shape, tuple(params["new_sizes"]))
+        groups = structure.axis_groups(self.shape, tuple(params["new_sizes"]))
         if params.get("dimensions") is not None or groups is None:
             return NotImplemented
         sizes, varies = [1] * len(params["new_sizes"]), self._varies()

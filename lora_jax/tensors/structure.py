@@ -91,7 +91,7 @@ def _permuted(
 
 def reshape(leaf: LowRank, args: Sequence[Any], at: int, params: Any) -> Any:
     """Merging or splitting axes that are of one kind: (D, N, H) as (D, N·H) and back."""
-    groups = _axis_groups(leaf.shape, tuple(params["new_sizes"]))
+    groups = axis_groups(leaf.shape, tuple(params["new_sizes"]))
     if params.get("dimensions") is not None or groups is None:
         return NotImplemented
     n, m = leaf.ndim, len(params["new_sizes"])
@@ -123,7 +123,7 @@ def reshape(leaf: LowRank, args: Sequence[Any], at: int, params: Any) -> Any:
     )
 
 
-def _axis_groups(
+def axis_groups(
     old: tuple[int, ...], new: tuple[int, ...]
 ) -> list[tuple[list[int], list[int]]] | None:
     """Smallest runs of axes with equal products; None where unit axes of `old` make that ambiguous.

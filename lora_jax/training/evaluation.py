@@ -11,17 +11,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.errors import UserError
-from lora_jax.training import loss
 from lora_jax.training import mesh as meshes
 
 Batch = Mapping[str, Any]
 ROWS = "rows"
 """Name of the array int[B] that says which record each row of a batch is; -1 where it fills up."""
-
-
-def logits(model: Any, variables: Any, batch: Batch) -> jax.Array:
-    """Outputs float32 [B, C] of a model with a head; pure, `variables` may hold weights."""
-    return loss.outputs(model, variables, batch)
 
 
 def real_rows(batches: Sequence[Batch], outputs: Sequence[np.ndarray]) -> np.ndarray:

@@ -283,6 +283,7 @@ def test_a_grid_is_chosen_in_its_metrics_own_direction() -> None:
     """Of the metric that chooses, and not of the task's principal one."""
     from lora_jax.data.examples import higher_is_better
     from lora_jax.data.tasks import TASKS
+    from lora_jax.data.tasks.regression import Regression
 
     e2e, g2p = TASKS["e2e"](), TASKS["g2p"]()
     assert [higher_is_better(e2e, m) for m in ("bleu", "general_loss", "nist")] == [
@@ -291,6 +292,8 @@ def test_a_grid_is_chosen_in_its_metrics_own_direction() -> None:
         True,
     ]
     assert not higher_is_better(g2p, "phoneme_error_rate") and higher_is_better(g2p, "exact_match")
+    values = Regression(text="text", label="label")
+    assert higher_is_better(values, "spearman") and not higher_is_better(values, "mse")
 
 
 def test_seeds_that_diverged_are_named(tiny_config: Any, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import tiny
 
 from lora_jax.errors import UserError
 from lora_jax.tensors import LowRank, adapt
-from lora_jax.training import MeshConfig, evaluation, make_mesh
+from lora_jax.training import MeshConfig, evaluation, loss, make_mesh
 
 
 @functools.cache
@@ -46,7 +46,7 @@ def test_predictions_are_those_of_the_records_in_order(devices):
     mesh = None
     if devices is not None:
         mesh = make_mesh(devices, jax.devices()[: devices.devices])
-    run = evaluation.compiled(adapt(functools.partial(evaluation.logits, tiny.Head)), mesh)
+    run = evaluation.compiled(adapt(functools.partial(loss.outputs, tiny.Head)), mesh)
     outputs = [run(variables, evaluation.placed(b, mesh)) for b in batches()]
     if mesh is not None:
         assert all(x.sharding.is_fully_replicated for x in outputs)
@@ -65,7 +65,7 @@ def test_one_program_a_shape():
 
     def counting(variables, batch):
         traced.append(batch["tokens"].shape)
-        return evaluation.logits(tiny.Head, variables, batch)
+        return loss.outputs(tiny.Head, variables, batch)
 
     run, (variables, _) = evaluation.compiled(adapt(counting), None), low_rank_variables()
     for _ in range(2):

@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from lora_jax.data.examples import Record
+from lora_jax.data.examples import Record, field
 from lora_jax.data.metrics import labels as scores
-from lora_jax.data.tasks.encoder import Labelled, class_index, field, texts_of
+from lora_jax.data.tasks.encoder import Labelled, class_index, texts_of
 from lora_jax.errors import UserError
 
 

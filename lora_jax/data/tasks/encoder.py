@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 
-from lora_jax.data.examples import EncoderExample, Record
+from lora_jax.data.examples import EncoderExample, Record, field, one_each
 from lora_jax.data.tokenizer import Tokenizer
 from lora_jax.errors import UserError
 
@@ -56,21 +56,11 @@ class Labelled(abc.ABC):
 
     def values(self, predictions: np.ndarray, records: Sequence[Record]) -> np.ndarray:
         """True classes or values [N], each checked to have its prediction."""
-        if len(predictions) != len(records) or not len(records):
-            raise UserError(
-                f"{len(predictions)} predictions for {len(records)} records: give one for each."
-            )
+        one_each(predictions, records)
         true = np.asarray([self.value(record) for record in records])
         if self.unlabelled is not None and (true == self.unlabelled).any():
             raise UserError("The labels of this split are secret (-1): evaluate on another split.")
         return true
-
-
-def field(record: Record, name: str) -> Any:
-    """A field of the record, with an error that lists its fields."""
-    if name not in record:
-        raise UserError(f"The record has no field {name!r}. Its fields: {', '.join(record)}.")
-    return record[name]
 
 
 def texts_of(record: Record, *names: str | None) -> tuple[str, ...]:

@@ -9,9 +9,9 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from lora_jax.data.examples import ImageExample, Record
+from lora_jax.data.examples import ImageExample, Record, field, one_each
 from lora_jax.data.metrics import labels as scores
-from lora_jax.data.tasks.encoder import class_index, field
+from lora_jax.data.tasks.encoder import class_index
 from lora_jax.data.tokenizer import Tokenizer
 from lora_jax.errors import UserError
 
@@ -69,10 +69,7 @@ class ImageClassification:
 
     def metrics(self, predictions: np.ndarray, records: Sequence[Record]) -> dict[str, float]:
         """`accuracy`, a share. predictions: logits float32 [N, num_labels]."""
-        if len(predictions) != len(records) or not len(records):
-            raise UserError(
-                f"{len(predictions)} predictions for {len(records)} records: give one for each."
-            )
+        one_each(predictions, records)
         true = np.asarray([self.value(record) for record in records])
         return {"accuracy": scores.accuracy(np.asarray(predictions).argmax(1), true)}
 

@@ -9,9 +9,9 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from lora_jax.data.examples import Record
+from lora_jax.data.examples import Record, field
 from lora_jax.data.metrics import labels as scores
-from lora_jax.data.tasks.encoder import Labelled, field, texts_of
+from lora_jax.data.tasks.encoder import Labelled, texts_of
 from lora_jax.errors import UserError
 
 
