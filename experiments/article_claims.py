@@ -75,7 +75,7 @@ def less_memory(folder: Path, seed: int) -> dict[str, Any]:
     def held(overrides: Mapping[str, Any]) -> tuple[int, int]:
         experiment, params, state = gpt3(overrides)
         trained = device_bytes(state.trainable)
-        frozen = device_bytes(experiment.method.dropped(params))
+        frozen = device_bytes(experiment.method.frozen(params))
         counted = experiment.method.count(params).total
         return frozen + trained + 4 * counted + device_bytes(state.opt_state), counted
 

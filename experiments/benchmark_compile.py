@@ -48,7 +48,7 @@ def compile_step(layers: int, rows: int, length: int) -> float:
     state: Any = jax.eval_shape(functools.partial(init_state, method, tx=tx), params)
     step = make_step(functools.partial(chunked_loss, model), method, tx)
     batch = {"tokens": tokens, "loss_mask": jax.ShapeDtypeStruct((rows, length), jnp.float32)}
-    return bench.compile_timed(step, method.dropped(params), state, batch)[1]
+    return bench.compile_timed(step, method.frozen(params), state, batch)[1]
 
 
 def main() -> None:

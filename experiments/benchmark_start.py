@@ -39,7 +39,7 @@ tokens = benchmarking.token_batch(4, 128, model.config.vocab_size)
 state = init_state(method, params, tx)
 step = make_step(functools.partial(chunked_loss, model), method, tx)
 batch = {"tokens": jnp.asarray(tokens), "loss_mask": jnp.ones(tokens.shape)}
-state, metrics = step(method.dropped(params), state, batch)
+state, metrics = step(method.frozen(params), state, batch)
 print(float(metrics["loss"]))
 """
 

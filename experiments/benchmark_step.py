@@ -106,7 +106,7 @@ def trainer_arm(head: str, model: Any, params: Any, method: Any, batch: Any) -> 
     tx = make_optimizer(OptimizerConfig(learning_rate=RATE, schedule="constant"), 1000)
     loss = chunked_loss if head == "lm" else classification_loss
     step = make_step(functools.partial(loss, model), method, tx)
-    state, frozen = init_state(method, params, tx), method.dropped(params)
+    state, frozen = init_state(method, params, tx), method.frozen(params)
     batch = {name: jnp.asarray(x) for name, x in batch.items()}
     compiled, seconds = bench.compile_timed(step, frozen, state, batch)
 

@@ -140,7 +140,7 @@ def ours(settings: Settings, folder: Path) -> Arm:
     tx = training.make_optimizer(
         training.OptimizerConfig(learning_rate=s.learning_rate, schedule="constant"), s.pairs
     )
-    state, frozen = training.init_state(method, params, tx, seed=s.seed), method.dropped(params)
+    state, frozen = training.init_state(method, params, tx, seed=s.seed), method.frozen(params)
     loss = functools.partial(training.chunked_loss, model, chunk=s.chunk)
     step = training.make_step(loss, method, tx)
     first = next(packed_batches(s, found, tokenizer.pad_id))

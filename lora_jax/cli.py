@@ -213,7 +213,7 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> None:
     from lora_jax import runs
 
     bench, method, trainable = runs.load_run(args.workdir)
-    metrics, _ = bench.evaluate(method.combine(method.dropped(bench.params), trainable))
+    metrics, _ = bench.evaluate(method.combine(method.frozen(bench.params), trainable))
     print(json.dumps(metrics, indent=2))
 
 
@@ -221,7 +221,7 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
     from lora_jax import runs
 
     bench, method, trainable = runs.load_run(args.workdir)
-    variables = method.combine(method.dropped(bench.params), trainable)
+    variables = method.combine(method.frozen(bench.params), trainable)
     for answer in bench.answers(variables, args.prompt):
         print(answer)
 
@@ -241,7 +241,7 @@ def _merge(args: argparse.Namespace, overrides: list[str]) -> None:
     if Path(args.out).exists():
         raise UserError(f"{args.out} exists: choose another folder")
     bench, method, trainable = runs.load_run(args.workdir)
-    merged = method.merge(method.dropped(bench.params), trainable)
+    merged = method.merge(method.frozen(bench.params), trainable)
     source = bench.experiment.model.source if bench.task.reads == "tokens" else None
     pretrained.save_pretrained(args.out, bench.model, merged, tokenizer_source=source)
 

@@ -58,7 +58,7 @@ def begin(bench: Workbench, experiment: Experiment) -> Start:
         method, bench.params, tx, seed=experiment.seed, dropout_seed=t.dropout_seed,
         trainable=trainable, mesh=bench.mesh, rules=bench.sharding_rules,
     )  # fmt: skip
-    return Start(method, tx, method.dropped(bench.params), state)
+    return Start(method, tx, method.frozen(bench.params), state)
 
 
 def _from_adapter(source: str, bench: Workbench, experiment: Experiment, method: Any) -> Any:

@@ -81,7 +81,7 @@ def parts(method, **options):
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["tokens"][..., None], -1)
         return -jnp.sum(chosen[..., 0] * batch["loss_mask"]), jnp.sum(batch["loss_mask"])
 
-    return training.make_step(loss, method, tx), (method.dropped(params), state, batch)
+    return training.make_step(loss, method, tx), (method.frozen(params), state, batch)
 
 
 def closed_form(full):

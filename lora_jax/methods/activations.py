@@ -78,7 +78,7 @@ class ActivationMethod(base.Method):
         fresh = count_fresh(self.fresh, params)
         return base.Counts.of(fresh.items(), base.count_whole(params, self._whole(params)).items())
 
-    def dropped(self, params: Any) -> Any:
+    def frozen(self, params: Any) -> Any:
         return base.holes(params, self._whole(params))
 
 

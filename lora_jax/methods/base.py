@@ -139,7 +139,7 @@ class Method:
         """Trainable parameters per target; padding does not count."""
         raise TypeError(f"{type(self).__name__} does not define count")
 
-    def dropped(self, params: Any) -> Any:
+    def frozen(self, params: Any) -> Any:
         """`params` with a hole where a leaf is trained whole: what the frozen side must hold."""
         return params
 

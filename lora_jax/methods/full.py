@@ -50,5 +50,5 @@ class FullFineTuning(base.Method):
     def count(self, params: Any) -> base.Counts:
         return base.Counts(base.count_whole(params, self.leaves(params)))
 
-    def dropped(self, params: Any) -> Any:
+    def frozen(self, params: Any) -> Any:
         return base.holes(params, self.leaves(params))

@@ -159,7 +159,7 @@ class IA3(base.Method):
         whole = base.count_whole(params, base.whole_leaves(params, self.train))
         return base.Counts.of(own, whole.items())
 
-    def dropped(self, params: Any) -> Any:
+    def frozen(self, params: Any) -> Any:
         return base.holes(params, base.whole_leaves(params, self.train))
 
     def to_peft(

@@ -336,7 +336,7 @@ class LoRA(base.Method):
         width = math.prod(layout.sizes(shape, "i")) + math.prod(layout.sizes(shape, "o"))
         return sum(ranks) * width * (math.prod(layout.sizes(shape, "b")) // len(ranks))
 
-    def dropped(self, params: Any) -> Any:
+    def frozen(self, params: Any) -> Any:
         return base.holes(params, base.whole_leaves(params, self.train))
 
     def to_peft(

@@ -56,6 +56,6 @@ def merge_error(
     weights = differences(merged, method.merge(trained_on, trainable))
     if outputs is None:
         return MergeError(weights)
-    beside = outputs(method.combine(method.dropped(trained_on), trainable))
+    beside = outputs(method.combine(method.frozen(trained_on), trainable))
     found = differences({"outputs": beside}, {"outputs": outputs({"params": merged})})
     return MergeError(weights, found.get("outputs", Difference(0.0, 0.0, 0.0)))

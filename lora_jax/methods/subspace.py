@@ -253,7 +253,7 @@ class Subspace(base.Method):
             counts[f"{OWN}/scales"] = len(set(groups.values()))
         return base.Counts({**counts, **base.count_whole(params, self._whole(params))})
 
-    def dropped(self, params: Any) -> Any:
+    def frozen(self, params: Any) -> Any:
         return base.holes(params, self._whole(params))
 
 

@@ -157,7 +157,7 @@ def abstract_arguments(
     """What `make_step`'s step takes, (frozen, state, batch), as placed ShapeDtypeStructs."""
     meshes.check_rows(batch, mesh, processes=1)
     rows = place(batch, dict.fromkeys(batch, meshes.batch_sharding(mesh)))
-    frozen = method.dropped(place(params, meshes.shardings(params, mesh, rules)))
+    frozen = method.frozen(place(params, meshes.shardings(params, mesh, rules)))
     state = jax.eval_shape(lambda p: init_state(method, p, tx), params)
     layout = state_shardings(state, params, method.wrap_optimizer(tx), mesh, rules)
     return frozen, place(state, layout), rows

@@ -236,7 +236,7 @@ def test_what_cannot_be_seen_says_so(caplog):
     with pytest.raises(UserError, match="changed no matrix"):
         inside.updates(lj.FullFineTuning(train=("bias",)), {"head/bias": jnp.ones(V)}, params)
     with pytest.raises(UserError, match="lacks 'head/bias'"):
-        inside.updates(lora, trained(lora, params), lora.dropped(params))
+        inside.updates(lora, trained(lora, params), lora.frozen(params))
     with pytest.raises(UserError, match="did you mean layers/./attention/query"):
         inside.updates(lora, trained(lora, params), params, modules="attention/querry")
 

@@ -114,7 +114,7 @@ def stepping(family: str, method: Any, touched: set[str]) -> Any:
             # In place of what a look at data gives, which here is shapes alone.
             plain = LoRA(rank=2, targets=method.targets)
             own = looking.with_start(method, plain.init(jax.random.key(0), params))
-        state, frozen = init_state(own, params, TX), own.dropped(params)
+        state, frozen = init_state(own, params, TX), own.frozen(params)
         new, metrics = step_function(loss_of(family), own, TX)(frozen, state, batch)
         old = partition.flatten(frozen)
         made = own.combine(frozen, new.trainable, numbers=new.numbers)["params"]

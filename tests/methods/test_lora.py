@@ -105,7 +105,7 @@ def test_leaves_trained_whole_leave_a_hole_and_are_copies():
         trainable["head/kernel"].unsafe_buffer_pointer()
         != params["head"]["kernel"].unsafe_buffer_pointer()
     )
-    frozen = method.dropped(params)
+    frozen = method.frozen(params)
     assert isinstance(frozen["head"]["bias"], partition.Hole)
     full = method.combine(frozen, trainable)["params"]
     np.testing.assert_array_equal(full["head"]["kernel"], params["head"]["kernel"])

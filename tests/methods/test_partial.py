@@ -66,7 +66,7 @@ def test_only_what_is_named_trains(method: lj.FullFineTuning, wanted: set[str]) 
         )
         assert (path in trainable) == named, path
     # They are the model's own leaves: unchanged at the start, and merged exactly.
-    frozen = method.dropped(params)
+    frozen = method.frozen(params)
     start = run("bert", method.combine(frozen, trainable))
     near(start, run("bert", {"params": params}), 1e-6)
     after = moved(trainable)
@@ -87,7 +87,7 @@ def test_the_last_layers_are_a_stack_of_their_own() -> None:
     assert method.count(cut).total == layer + 2 * 16
 
     def loss(t: dict) -> jax.Array:
-        variables = method.combine(method.dropped(cut), t)
+        variables = method.combine(method.frozen(cut), t)
         return (MODELS["gpt2"].apply(variables, TOKENS) ** 2).mean()
 
     gradients = jax.jit(jax.grad(loss))(trainable)

@@ -219,7 +219,7 @@ def test_a_deep_prompt_trains_with_a_new_head() -> None:
     params, method = params_of("bert"), PTuningV2(length=3)
     trainable = method.init(KEY, params)
     assert {p.split("/")[0] for p in trainable} == {"sites", "head"}
-    frozen = method.dropped(params)
+    frozen = method.frozen(params)
 
     def loss(t) -> jax.Array:
         return (MODELS["bert"].apply(method.combine(frozen, t), TOKENS) ** 2).mean()

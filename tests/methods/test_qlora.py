@@ -123,7 +123,7 @@ def test_a_run_on_a_quantised_base(tiny_config, tmp_path, capsys):
     bench, method, trainable = runs.load_run(tmp_path / "run")
     kernels = [p for p, x in partition.flatten(bench.params).items() if isinstance(x, NF4)]
     assert len(kernels) == 7 and all(p.startswith("layers[0:2]/") for p in kernels)
-    again, _ = bench.evaluate(method.combine(method.dropped(bench.params), trainable))
+    again, _ = bench.evaluate(method.combine(method.frozen(bench.params), trainable))
     assert again == result["metrics"]
     source = config["model"]["source"]
     assert result["base_sha256"] == pretrained.base_sha256(source)

@@ -63,7 +63,7 @@ def moved(method: Subspace, params: Any, seed: int = 1) -> Any:
 def combine(method: Subspace, params: Any, trainable: Any, numbers: Any = None) -> dict[str, Any]:
     run = jax.jit(lambda f, t, n: method.combine(f, t, numbers=n)["params"])
     numbers = method.numbers(params) if numbers is None else numbers
-    return partition.flatten(run(method.dropped(params), trainable, numbers))
+    return partition.flatten(run(method.frozen(params), trainable, numbers))
 
 
 @pytest.mark.parametrize("projection", ["dense", "sparse", "fastfood"])
@@ -180,7 +180,7 @@ def test_a_padded_member_has_the_gradient_of_its_own_run() -> None:
             Subspace(dimension=35, **options),
             Subspace(dimension=37, projection_seed=3, **options),
         ]
-        frozen = methods[0].dropped(params)
+        frozen = methods[0].frozen(params)
 
         def gradient(trainable: Any, numbers: Any) -> Any:
             return jax.grad(lambda t: loss(methods[0].combine(frozen, t, numbers=numbers)))(
@@ -221,8 +221,8 @@ def test_the_head_inside_beside_or_counted() -> None:
     np.testing.assert_array_equal(
         combine(counted, params, trainable)["head/kernel"], trainable["head/kernel"]
     )
-    dropped = partition.flatten(counted.dropped(params))
-    assert [p for p, x in dropped.items() if isinstance(x, partition.Hole)] == ["head/kernel"]
+    frozen = partition.flatten(counted.frozen(params))
+    assert [p for p, x in frozen.items() if isinstance(x, partition.Hole)] == ["head/kernel"]
 
 
 def test_what_is_not_covered_stays_the_frozen_array() -> None:

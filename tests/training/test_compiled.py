@@ -69,7 +69,7 @@ def ours(method=METHOD, config=CONFIG, clip=None, chunk=1024):
     tx = make_optimizer(options, 10)
     step = make_step(functools.partial(chunked_loss, model, chunk=chunk), method, tx)
     batch = {"tokens": tokens, "loss_mask": jnp.ones((ROWS, LENGTH))}
-    args = method.dropped(params), init_state(method, params, tx), batch
+    args = method.frozen(params), init_state(method, params, tx), batch
     return step.lower(*args).compile(), args
 
 

@@ -42,7 +42,7 @@ TX = make_optimizer(
 def run(config, *, steps=4, method=tiny.METHOD, accumulate=1):
     """(final state, history of metrics) on the mesh of `config`; None: no mesh at all."""
     params = tiny.params()
-    frozen = method.dropped(params)
+    frozen = method.frozen(params)
     if config is None:
         devices, layout = None, None
         state = init_state(method, params, TX)

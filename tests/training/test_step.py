@@ -27,7 +27,7 @@ TX = make_optimizer(OptimizerConfig(learning_rate=1e-2, clip_norm=1.0, weight_de
 def run(steps=3, *, method=tiny.METHOD, tx=TX, accumulate=1):
     params = tiny.params()
     step = make_step(LOSS, method, tx, accumulate=accumulate)
-    state, frozen = init_state(method, params, tx), method.dropped(params)
+    state, frozen = init_state(method, params, tx), method.frozen(params)
     history = []
     for i in range(steps):
         state, metrics = step(frozen, state, tiny.batch(i))
@@ -42,7 +42,7 @@ def reference():
 
 def test_only_trainable_leaves_have_gradient_and_optimizer_state(reference):
     state, history, frozen = reference
-    tiny.same(frozen, tiny.METHOD.dropped(tiny.params()))
+    tiny.same(frozen, tiny.METHOD.frozen(tiny.params()))
     paths = set(state.trainable)
     assert paths == {
         "layers[0:2]/attention/query/kernel",
