@@ -8,6 +8,7 @@ leading batch axes wherever they make sense, and low-rank ones are factors A [in
 a product A·B is never formed. `lora_jax.inside` applies this to whole adapters.
 """
 
+from lora_jax.analysis.batched import all_singular_values
 from lora_jax.analysis.curvature import (
     Top,
     hessian_product,
@@ -42,7 +43,6 @@ from lora_jax.analysis.subspaces import (
     similarities,
     similarity,
 )
-from lora_jax.analysis.together import all_singular_values
 from lora_jax.analysis.weights import (
     amplification,
     projected_norm,

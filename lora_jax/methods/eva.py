@@ -13,7 +13,7 @@ import numpy as np
 
 from lora_jax import partition
 from lora_jax.errors import UserError
-from lora_jax.methods import base, looking
+from lora_jax.methods import base, data_driven
 from lora_jax.methods.lora import LoRA, rule_names
 from lora_jax.methods.offset import as_factors
 from lora_jax.methods.peft.patterns import rules, seven_digits
@@ -56,7 +56,7 @@ class EVA(LoRA):
     def prepare(self, apply: Callable[..., Any], params: Any, batches: Iterable[Any]) -> EVA:
         if not isinstance(self.rank, int):
             raise UserError("EVA chooses ranks itself: give it one number, not rules")
-        seen = looking.first(batches, self.batches, "EVA")
+        seen = data_driven.first(batches, self.batches, "EVA")
         ratios, vectors, deviations = {}, {}, {}
         widest = int(self.rank * self.rho)
         for path, moments in self._moments(apply, params, seen).items():
@@ -84,7 +84,7 @@ class EVA(LoRA):
                 if path in kept and (old := partition.Rules.of(self.alpha).get(ours)) is not None:
                     alphas[names[ours]] = seven_digits(old * (r / self.rank) ** power)
         method = dataclasses.replace(self, rank=rules(by_module, every), alpha=rules(alphas, every))
-        return looking.with_start(method, start)
+        return data_driven.with_start(method, start)
 
     def _moments(
         self, apply: Callable[..., Any], params: Any, seen: list[dict[str, Any]]
@@ -97,10 +97,10 @@ class EVA(LoRA):
         zero = {p: jnp.zeros((*flat[p].shape[:-2], *[flat[p].shape[-2] + 1] * 2)) for p in paths}
 
         def total(moments: Any, params: Any, batch: Any) -> jax.Array:
-            weights = looking.real_tokens(batch)
+            weights = data_driven.real_tokens(batch)
             own = partition.flatten(params)
             new = {p: Probe(own[p], moments[p], weights, p) for p in paths}
-            return jnp.sum(looking.outputs(apply, partition.replace(params, new), batch))
+            return jnp.sum(data_driven.outputs(apply, partition.replace(params, new), batch))
 
         gradient = jax.jit(jax.grad(total))
         sums = {p: np.zeros(x.shape) for p, x in zero.items()}

@@ -14,7 +14,7 @@ from lora_jax import partition
 from lora_jax.errors import UserError
 from lora_jax.methods import base
 from lora_jax.methods.full import FullFineTuning
-from lora_jax.methods.seldom import where_due
+from lora_jax.methods.periodic import where_due
 
 
 class GaLoreState(NamedTuple):

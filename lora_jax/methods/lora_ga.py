@@ -12,7 +12,7 @@ import numpy as np
 
 from lora_jax import partition
 from lora_jax.errors import UserError
-from lora_jax.methods import base, looking
+from lora_jax.methods import base, data_driven
 from lora_jax.methods.offset import Offset, Starts, as_factors, check_rank, matrices
 from lora_jax.tensors.base import is_weight
 from lora_jax.tensors.summed import Summed
@@ -49,13 +49,13 @@ class LoRAGA(Offset):
             raise UserError(f"LoRA-GA needs batches >= 1 and gamma > 0: {self}")
 
     def prepare(self, apply: Callable[..., Any], params: Any, batches: Iterable[Any]) -> LoRAGA:
-        seen, paths = looking.first(batches, self.batches, "LoRA-GA"), list(self.ranks(params))
+        seen, paths = data_driven.first(batches, self.batches, "LoRA-GA"), list(self.ranks(params))
         flat = partition.flatten(params)
 
         def total(targets: Any, params: Any, batch: Any) -> jax.Array:
             own = partition.flatten(params)
             new = {p: Summed(own[p], x, p) if is_weight(own[p]) else x for p, x in targets.items()}
-            return looking.loss(apply, partition.replace(params, new), batch)
+            return data_driven.loss(apply, partition.replace(params, new), batch)
 
         @jax.jit
         def gradient(*arguments: Any) -> Any:  # float32: batches are summed, and then decomposed
@@ -69,7 +69,7 @@ class LoRAGA(Offset):
         start = {}
         for path, ranks in self.ranks(params).items():
             start[path] = self._factors_of(path, flat[path], sums[path], ranks)
-        return looking.with_start(self, start)
+        return data_driven.with_start(self, start)
 
     def _factors_of(
         self, path: str, leaf: Any, gradient: Any, ranks: list[int]

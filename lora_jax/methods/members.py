@@ -30,7 +30,7 @@ def combine_members(
     a member's gradient is that of its own rows.
 
     Args:
-      method: of all members; `sweeps.members.stack_adapters` says which may share one.
+      method: of all members; `sweeps.adapter_stack.stack_adapters` says which may share one.
       trainable, numbers: theirs, with a leading axis over the M members: as a pack's states hold
         them (`sweeps.padding`).
       rows: int [B], 0 to M - 1; may be traced, so that one program serves any mixture.

@@ -15,7 +15,7 @@ from lora_jax import partition
 from lora_jax.errors import UserError
 from lora_jax.methods import base
 from lora_jax.methods.lora import LoRA
-from lora_jax.methods.seldom import where_due
+from lora_jax.methods.periodic import where_due
 from lora_jax.tensors.base import densify, wide
 from lora_jax.tensors.summed import Summed
 

@@ -29,10 +29,10 @@ from lora_jax.models.bert_config import (
     tensors,
 )
 from lora_jax.models.blocks import MLP, Embed, dense
-from lora_jax.models.config import SCORING
 from lora_jax.models.family import Family
 from lora_jax.models.norms import LayerNorm
 from lora_jax.models.sites import site
+from lora_jax.models.text_config import SCORING
 from lora_jax.models.transformer import Cache, Transformer
 
 __all__ = ["FAMILIES", "Bert", "BertConfig", "pool"]

@@ -8,25 +8,25 @@ from typing import Any, Literal
 
 from lora_jax.errors import UserError
 from lora_jax.models.activations import ACTIVATIONS
-from lora_jax.models.config import (
+from lora_jax.models.family import TensorSpec, cut, linear, norm
+from lora_jax.models.text_config import (
     SCORING,
     EqualHeads,
-    ModelConfig,
+    TextConfig,
     head_from_hf,
     head_to_hf,
     optional,
     refuse,
     require,
 )
-from lora_jax.models.family import TensorSpec, cut, linear, norm
 
 _STEMS = {"bert": "Bert", "roberta": "Roberta"}
 MODEL_TYPES = tuple(_STEMS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BertConfig(EqualHeads, ModelConfig):
-    """Sizes and options of an encoder, besides those of `ModelConfig`.
+class BertConfig(EqualHeads, TextConfig):
+    """Sizes and options of an encoder, besides those of `TextConfig`.
 
     Attributes:
       mlp_size: width of the MLP.

@@ -24,7 +24,7 @@ class TensorSpec:
       part: (k, n) where our leaf is the k-th of n equal parts, along our last axis, of a tensor
         that Hugging Face stores fused; each part is a row of its own.
       new: whether a checkpoint may lack it, as a head for a new task: then it is drawn.
-      cuts: layers at which our stack is cut into segments (`ModelConfig.cuts`).
+      cuts: layers at which our stack is cut into segments (`TextConfig.cuts`).
     """
 
     path: str
@@ -61,7 +61,7 @@ class TensorSpec:
 
 
 def cut(rows: Iterable[TensorSpec], cuts: tuple[int, ...]) -> list[TensorSpec]:
-    """The rows, those of layers cut into segments (`ModelConfig.cuts`)."""
+    """The rows, those of layers cut into segments (`TextConfig.cuts`)."""
     return [dataclasses.replace(row, cuts=cuts) if row.layers else row for row in rows]
 
 

@@ -17,27 +17,27 @@ from flax import linen as nn
 from lora_jax.models.activations import ACTIVATIONS
 from lora_jax.models.attention import Attention, Context
 from lora_jax.models.blocks import MLP, Embed
-from lora_jax.models.config import (
+from lora_jax.models.family import Family, TensorSpec, cut, linear, norm
+from lora_jax.models.norms import LayerNorm
+from lora_jax.models.sites import site
+from lora_jax.models.text_config import (
     SCORING,
     EqualHeads,
-    ModelConfig,
+    TextConfig,
     head_from_hf,
     head_to_hf,
     optional,
     refuse,
     require,
 )
-from lora_jax.models.family import Family, TensorSpec, cut, linear, norm
-from lora_jax.models.norms import LayerNorm
-from lora_jax.models.sites import site
 from lora_jax.models.transformer import Cache, Transformer
 
 __all__ = ["FAMILIES", "GPT2", "GPT2Config"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GPT2Config(EqualHeads, ModelConfig):
-    """Sizes and options of a GPT-2, besides those of `ModelConfig`.
+class GPT2Config(EqualHeads, TextConfig):
+    """Sizes and options of a GPT-2, besides those of `TextConfig`.
 
     Attributes:
       mlp_size: width of the MLP; None: 4 hidden_size.

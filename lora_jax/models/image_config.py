@@ -28,7 +28,7 @@ class ImageConfig:
       num_labels: classes.
       head: it classifies; there is no other.
       dtype: computations' dtype.
-      remat, unroll: as of `ModelConfig`; there is no stack of layers to which they apply.
+      remat, unroll: as of `TextConfig`; there is no stack of layers to which they apply.
       source: where the weights were loaded from; no part of equality, nor of config.json.
     """
 

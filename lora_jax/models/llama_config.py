@@ -10,17 +10,17 @@ import dataclasses
 from typing import Any
 
 from lora_jax.errors import UserError
-from lora_jax.models.config import (
+from lora_jax.models.family import TensorSpec, cut, linear, norm
+from lora_jax.models.rotary import RopeScaling, scaling_from_hf, scaling_to_hf
+from lora_jax.models.text_config import (
     SCORING,
-    ModelConfig,
+    TextConfig,
     head_from_hf,
     head_to_hf,
     optional,
     refuse,
     require,
 )
-from lora_jax.models.family import TensorSpec, cut, linear, norm
-from lora_jax.models.rotary import RopeScaling, scaling_from_hf, scaling_to_hf
 
 _GELU = "gelu_pytorch_tanh"
 # What a Hugging Face model_type means where config.json does not say it.
@@ -42,8 +42,8 @@ MODEL_TYPES = tuple(_KINDS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LlamaConfig(ModelConfig):
-    """Sizes and options of a Llama-like decoder, besides those of `ModelConfig`.
+class LlamaConfig(TextConfig):
+    """Sizes and options of a Llama-like decoder, besides those of `TextConfig`.
 
     Attributes:
       num_kv_heads, head_dim, mlp_size: sizes. Query heads must be a multiple of key/value heads;

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.models.config import optional
+from lora_jax.models.text_config import optional
 
 
 @dataclasses.dataclass(frozen=True)

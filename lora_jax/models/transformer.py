@@ -20,9 +20,9 @@ from lora_jax.errors import UserError
 from lora_jax.models import rotary
 from lora_jax.models.attention import Context, at, attention_masks, default_positions
 from lora_jax.models.blocks import Embed, dense
-from lora_jax.models.config import SCORING
 from lora_jax.models.sites import find, length_at
 from lora_jax.models.stack import scanned, segments_in
+from lora_jax.models.text_config import SCORING
 
 Cache = dict[str, jax.Array]
 

@@ -64,7 +64,7 @@ def load_pretrained(
       head_seed: of a scoring head that the file lacks; it is drawn, and a log line says so.
       new_head: draw the scoring head also where the file holds one.
       **model_options: fields of the family's config to override. `head` ("lm", "classification",
-        "regression", "pooling", None: see `models.config.ModelConfig`) is by default what
+        "regression", "pooling", None: see `models.text_config.TextConfig`) is by default what
         config.json's architecture says; `num_labels`, `remat`, `unroll`, ….
 
     Returns:

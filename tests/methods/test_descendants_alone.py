@@ -32,7 +32,7 @@ from flax import nnx
 import lora_jax as lj
 from lora_jax import partition
 from lora_jax.methods import METHODS as ALL
-from lora_jax.methods import looking
+from lora_jax.methods import data_driven
 from lora_jax.training import make_optimizer, step_function
 from lora_jax.training.optimizer import OptimizerConfig
 from lora_jax.training.step import init_state
@@ -233,7 +233,7 @@ def test_lora_ga_starts_along_the_gradient():
     method, params = prepared("lora_ga"), toy_params()
 
     def loss(w, batch):
-        return looking.loss(lj.adapt(toy), partition.replace(params, {QUERY: w}), batch)
+        return data_driven.loss(lj.adapt(toy), partition.replace(params, {QUERY: w}), batch)
 
     w = partition.flatten(params)[QUERY]
     g = jax.grad(loss)(w, batch(0)) + jax.grad(loss)(w, batch(1))

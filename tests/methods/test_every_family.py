@@ -14,7 +14,7 @@ import site_models
 
 import lora_jax as lj
 from lora_jax import partition
-from lora_jax.methods import METHODS, LoRA, looking
+from lora_jax.methods import METHODS, LoRA, data_driven
 from lora_jax.models.bert import Bert, BertConfig
 from lora_jax.models.lenet import LeNet, LeNetConfig
 from lora_jax.models.mlp import Mlp, MlpConfig
@@ -113,7 +113,7 @@ def stepping(family: str, method: Any, touched: set[str]) -> Any:
         if method.name == "lora_ga" and method._start is None:
             # In place of what a look at data gives, which here is shapes alone.
             plain = LoRA(rank=2, targets=method.targets)
-            own = looking.with_start(method, plain.init(jax.random.key(0), params))
+            own = data_driven.with_start(method, plain.init(jax.random.key(0), params))
         state, frozen = init_state(own, params, TX), own.frozen(params)
         new, metrics = step_function(loss_of(family), own, TX)(frozen, state, batch)
         old = partition.flatten(frozen)

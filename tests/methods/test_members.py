@@ -12,7 +12,7 @@ from descendants import BOTH, KEY, V, moved, toy, toy_params
 
 import lora_jax as lj
 from lora_jax import methods, training
-from lora_jax.sweeps.members import stack_adapters
+from lora_jax.sweeps.adapter_stack import stack_adapters
 
 ROWS = np.array([2, 0, 1, 0, 2])
 TOKENS = np.random.default_rng(3).integers(0, V, (5, 6)).astype(np.int32)

@@ -11,7 +11,7 @@ import optax
 import pytest
 from descendants import METHODS, prepared, toy_params
 
-from lora_jax.methods.seldom import where_due
+from lora_jax.methods.periodic import where_due
 from lora_jax.training import State
 
 OLD = {"x": jnp.arange(6.0).reshape(3, 2)}  # a row a member

@@ -25,7 +25,7 @@ _ENDINGS: tuple[tuple[str, Head | None], ...] = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class TextConfig:
     """Sizes and options that all families share.
 
     Attributes:
@@ -159,7 +159,7 @@ def head_from_hf(hf: Mapping[str, Any], default: Head | None) -> dict[str, Any]:
     return {"head": "regression" if regression else "classification", "num_labels": count}
 
 
-def head_to_hf(config: ModelConfig, stem: str, lm: str) -> dict[str, Any]:
+def head_to_hf(config: TextConfig, stem: str, lm: str) -> dict[str, Any]:
     """config.json's share of the head: `stem` is "Bert", `lm` the ending of its LM class."""
     if config.head not in SCORING:
         return {"architectures": [stem + (lm if config.head == "lm" else "Model")]}
