@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from lora_jax import bases, host, locks, partition, pretrained, training
+from lora_jax.atomic import write_json
 from lora_jax.errors import UserError
 from lora_jax.experiment import Experiment, from_dict, to_dict
 from lora_jax.training.spectra import Row, rows, update_spectra, weight_norms
@@ -289,13 +290,6 @@ def claim(folder: Path, config: dict[str, Any]) -> None:
     if not (folder / "config.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", config)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Atomically: a reader sees the old file or the whole new one."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    part.replace(path)
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from lora_jax import statistics
+from lora_jax.atomic import write_text
 from lora_jax.sweeps import fields, plots, search, update_plots
 from lora_jax.sweeps.grid import Member
 
@@ -66,10 +67,8 @@ def _cell(value: Any) -> Any:
 
 
 def write_csv(frame: pd.DataFrame, path: Path) -> None:
-    """Atomically."""
-    part = path.with_suffix(".part")
-    frame.to_csv(part, index=False)
-    part.replace(path)
+    """Whole or not at all."""
+    write_text(path, frame.to_csv(index=False))
 
 
 def differences(
@@ -125,9 +124,7 @@ def write(
     ]
     best = table.settings().head(SHOWN) if len(table.frame) else pd.DataFrame()
     path = folder / "report.html"
-    part = path.with_suffix(".part")
-    part.write_text(_page(frame, gaps, best, drawn, metric, summary), encoding="utf-8")
-    part.replace(path)
+    write_text(path, _page(frame, gaps, best, drawn, metric, summary))
     return path
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from lora_jax.atomic import write_json
 from lora_jax.experiment import to_dict
 from lora_jax.runs import (
     RESULT,
@@ -19,7 +20,6 @@ from lora_jax.runs import (
     environment,
     finish,
     open_checkpoints,
-    write_json,
 )
 from lora_jax.sweeps.grid import Member
 from lora_jax.training import State

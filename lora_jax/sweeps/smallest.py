@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_jax.atomic import write_json
 from lora_jax.errors import UserError
-from lora_jax.runs import write_json
 from lora_jax.sweeps import search
 from lora_jax.sweeps.ladder import Ladder, rounds
 from lora_jax.sweeps.sweep import Options, Sweep

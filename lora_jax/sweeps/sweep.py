@@ -25,10 +25,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lora_jax import config as configs
 from lora_jax import locks
+from lora_jax.atomic import write_json
 from lora_jax.errors import UserError
 from lora_jax.experiment import from_dict, to_dict
 from lora_jax.progress import drawable
-from lora_jax.runs import RESULT, environment, evaluate_base, one_process, write_json
+from lora_jax.runs import RESULT, environment, evaluate_base, one_process
 from lora_jax.sweeps import grid, planner, report, search, updates
 from lora_jax.sweeps.grid import Member
 from lora_jax.sweeps.prepare import Mode, Prepared, prepare

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from lora_jax.atomic import write_text
 from lora_jax.tables import kept
 from lora_jax.tables.table import Claim, Filled, Line
 from lora_jax.tables.work import Measured
@@ -79,9 +80,7 @@ def write(
     paths = []
     for ending, form in forms.items():
         path = folder / f"{name}.{ending}"
-        part = path.with_suffix(f".{ending}.part")
-        part.write_text(form(), encoding="utf-8")
-        part.replace(path)
+        write_text(path, form())
         paths.append(path)
     if filled.table.figures is not None:
         paths += filled.table.figures(filled, folder)

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_jax.atomic import write_json
 from lora_jax.data.examples import higher_is_better
 from lora_jax.errors import UserError
 from lora_jax.experiment import to_dict
 from lora_jax.methods.subspace import Subspace
-from lora_jax.runs import write_json
 from lora_jax.statistics import Summary
 from lora_jax.sweeps import grid
 from lora_jax.sweeps.ladder import Ladder

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from lora_jax import config as configs
+from lora_jax.atomic import write_json
 from lora_jax.data.examples import higher_is_better
 from lora_jax.errors import UserError
 from lora_jax.experiment import to_dict
 from lora_jax.plan.sketch import Sketch
-from lora_jax.runs import write_json
 from lora_jax.statistics import Summary
 from lora_jax.sweeps import grid, search
 from lora_jax.sweeps.sweep import Options, Sweep

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import lora_jax as lj
-from lora_jax import analysis, cli, inside, partition, pretrained, runs
+from lora_jax import analysis, atomic, cli, inside, partition, pretrained, runs
 from lora_jax.errors import UserError
 from lora_jax.experiment import from_dict, to_dict
 from lora_jax.inside import comparing, opening, plots, report
@@ -61,8 +61,8 @@ def finished_run(folder, config, seed):
     """A workdir as a run leaves it, its adapter moved at random rather than trained."""
     experiment = from_dict(config)
     folder.mkdir()
-    runs.write_json(folder / "config.json", to_dict(experiment))
-    runs.write_json(folder / runs.RESULT, {"status": "finished"})
+    atomic.write_json(folder / "config.json", to_dict(experiment))
+    atomic.write_json(folder / runs.RESULT, {"status": "finished"})
     model, params = pretrained.load_pretrained(experiment.model.source)
     trainable = noise(experiment.method.init(jax.random.key(seed), params), seed)
     pretrained.save_adapter(folder / "adapter", model, experiment.method, trainable, params=params)
@@ -109,9 +109,9 @@ def test_a_random_start_is_no_base_to_read(tiny_images, tmp_path):
     experiment = from_dict(config)
     folder = tmp_path / "run"
     folder.mkdir()
-    runs.write_json(folder / "config.json", to_dict(experiment))
+    atomic.write_json(folder / "config.json", to_dict(experiment))
     assert opening.is_run(folder) and opening.base_of(folder) is None
-    runs.write_json(
+    atomic.write_json(
         folder / "config.json",
         {
             **to_dict(experiment),
