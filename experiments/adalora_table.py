@@ -9,7 +9,9 @@ penalty of the authors' script for CoLA.
 """
 
 import minilm
+import missing
 
+from lora_jax.config import load_module
 from lora_jax.tables import Table
 from lora_jax.tables.presets import row
 from lora_jax.tables.quoted import quoted
@@ -24,7 +26,9 @@ def scheduled(steps: int) -> dict[str, object]:
     """AdaLoRA's fields from the authors' script for CoLA, its updates as shares of the run. The
     final rank is 2, not the script's 1: what it is compared with has 2."""
     script = row("adalora_script_hparams", task="CoLA")
-    updates = script["epochs"] * 8551 // script["batch_size"]
+    updates = (
+        script["epochs"] * load_module(str(minilm.CONFIG)).SIZES["cola"] // script["batch_size"]
+    )
     return {
         "rank": script["lora_r_init"], "target_rank": 2, "alpha": float(script["lora_alpha"]),
         "initial_steps": script["init_warmup"] * steps // updates,
@@ -48,7 +52,7 @@ def methods_at(scale: str) -> dict[str, minilm.Method]:
 
 def table(scale: str) -> Table:
     if scale == "paper":
-        reason = "there is no DeBERTa in the project"
+        reason = missing.DEBERTA
         rows = quoted("adalora_t1_glue", ("method", "params"), TASKS, reason)
         return Table("AdaLoRA, Table 1: DeBERTaV3-base on GLUE", tuple(rows), seeds=1)
     methods = methods_at(scale)

@@ -18,6 +18,11 @@ NEAR = 0.5
 """Decades that still count as near."""
 
 
+def rates(low: float, high: float) -> tuple[float, ...]:
+    """Half a decade apart, from exponents of ten."""
+    return tuple(float(f"{10 ** (low + i / 2):.2g}") for i in range(round(2 * (high - low)) + 1))
+
+
 def curves(frame: pd.DataFrame, arm: str) -> pd.DataFrame:
     """value by rate (rows) and seed (columns); a rate that diverged with any seed is left out."""
     own = frame[frame["arm"] == arm].pivot(index="rate", columns="seed", values="value")

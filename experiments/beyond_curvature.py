@@ -209,11 +209,6 @@ def look_at(setting: Setting, arm: str, folder: Path, seed: int) -> dict[str, An
 # Settings.
 
 
-def rates(low: float, high: float) -> tuple[float, ...]:
-    """Half a decade apart, from exponents of ten."""
-    return tuple(float(f"{10 ** (low + i / 2):.2g}") for i in range(round(2 * (high - low)) + 1))
-
-
 def lora(
     ranks: Sequence[int], scales: Sequence[float], targets: Mapping[str, str]
 ) -> dict[str, dict[str, Any]]:
@@ -233,7 +228,7 @@ def mnist(net: str, scale: str) -> Setting:
     }  # fmt: skip
     targets = {"first layer": r"(hidden|conv)_0$", "all layers": r"((hidden|conv)_\d|head)$"}
     arms = lora((1, 4, 16), (1.0, 4.0), targets)
-    tried = {"sgd": rates(-3.0, 0.5), "adam": rates(-4.0, -1.5)}
+    tried = {"sgd": best.rates(-3.0, 0.5), "adam": best.rates(-4.0, -1.5)}
     further: dict[str, int] = {}
     if scale == "smoke":
         overrides |= {
@@ -241,7 +236,7 @@ def mnist(net: str, scale: str) -> Setting:
             "data.source.split": "train[:120]", "data.validation": "test[:40]",
         }  # fmt: skip
         arms = lora((1, 4), (1.0,), targets)
-        tried = {"sgd": rates(-1.0, 0.0)}
+        tried = {"sgd": best.rates(-1.0, 0.0)}
         further = {"batches": 2, "later": 3}
     spec = mnist_config(net=net, dimension=0)
     name = "MNIST, LeNet" if net == "lenet" else "MNIST, fully connected"
@@ -261,7 +256,7 @@ def minilm() -> Setting:
     return Setting(
         "SST-2, MiniLM-L6", glue(task="sst2", batch=32), overrides,
         lora((1, 8, 64), (0.25, 2.0), targets),
-        {"sgd": rates(-3.0, 1.0), "adam": rates(-4.5, -2.0)},
+        {"sgd": best.rates(-3.0, 1.0), "adam": best.rates(-4.5, -2.0)},
         ("data.seed", "training.dropout_seed"), batches=16,
     )  # fmt: skip
 

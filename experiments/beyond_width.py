@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from given_folders import mnist
+from li_table1 import SHORT
 
 from lora_jax.sweeps import smallest
 from lora_jax.sweeps.ladder import Ladder
@@ -25,10 +26,6 @@ from lora_jax.tables import Row, Searched, Table
 from lora_jax.tables.table import Filled
 
 WIDTHS = {"smoke": (4, 8), "small": (12, 25, 50, 100, 200), "paper": (12, 25, 50, 100, 200, 400)}
-SHORT = {
-    "training.steps": 20, "training.eval_every": 10, "data.source.split": "train[:120]",
-    "data.validation": "test[:40]",
-}  # fmt: skip
 
 
 def table(scale: str) -> Table:

@@ -9,6 +9,7 @@ a step would need: lora-jax plan configs/gpt3_175b.py --topology v5e:8x8
 
 import re
 
+import missing
 from given_folders import CONFIGS
 
 from lora_jax.tables import Counted, NotRun, Published, Row, Table
@@ -89,6 +90,6 @@ def table(scale: str) -> Table:
         )  # fmt: skip
         if scale != "smoke":
             for metric in ("WikiSQL_acc", "MNLI_m_acc"):
-                work = NotRun("GPT-3's weights are not public")
+                work = NotRun(missing.GPT3)
                 rows.append(Row(name, metric, work, Published(PUBLISHED, where, metric)))
     return Table("LoRA paper, Tables 4 and 15, Figure 2: GPT-3 175B", tuple(rows), seeds=1)

@@ -8,6 +8,7 @@ they take a CPU minutes; learning rates are the better of two on seed 0. `GLUE_D
 with TFDS's glue. `smoke`: two steps.
 """
 
+import missing
 from minilm import HEAD, trained
 
 from lora_jax.tables import Claim, NotRun, Published, Row, Table
@@ -46,7 +47,7 @@ def table(scale: str) -> Table:
         for method, (kind, rates) in METHODS.items():
             cited = Published("lora_t16_low_data", {"method": method}, column, times=0.01)
             if scale == "paper":
-                work = NotRun("GPT-3's weights are not public")
+                work = NotRun(missing.GPT3)
                 rows.append(Row(f"GPT-3 {method}", f"n={n}", work, cited))
                 continue
             batch = row("lora_t17_hparams_low_data", n=name)["batch_size"]
@@ -56,7 +57,7 @@ def table(scale: str) -> Table:
             )  # fmt: skip
             rows.append(Row(f"MiniLM-L6 {method}", f"n={n}", work, cited))
     if scale == "paper":
-        reason = "GPT-3's weights are not public"
+        reason = missing.GPT3
         rows += quoted("lora_t16_low_data", ("method",), ("MNLI(m)-392K",), reason, times=0.01)
     if scale == "smoke":
         rows = rows[2:3]

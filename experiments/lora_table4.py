@@ -12,6 +12,7 @@ from typing import Any
 
 import lora_table15 as sizes
 import minilm
+import missing
 from lora_table15 import CONFIG
 
 from lora_jax.tables import Computed, Counted, Published, Row, Table
@@ -69,6 +70,6 @@ def table(scale: str) -> Table:
     rows.append(Row("BitFit 14.2", "parameters (M)", work, cited, notes=(BITFIT,)))
     rows.append(Row("LoRA 37.7", "GiB a chip of v5e:8x8", Computed(plan)))
     metrics = ("WikiSQL_acc", "MNLI_m_acc", "SAMSum_R1", "SAMSum_R2", "SAMSum_RL")
-    reason = "GPT-3's weights are not public"
+    reason = missing.GPT3
     rows += quoted(PUBLISHED, ("method", "trainable_params_M"), metrics, reason)
     return Table("LoRA paper, Table 4: GPT-3 175B", tuple(rows), seeds=1, cost="a minute")

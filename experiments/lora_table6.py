@@ -11,6 +11,7 @@ stood between -0.01 and 0.02, which is next to the majority class.
 """
 
 import minilm
+import missing
 
 from lora_jax.tables import Claim, Row, Table
 from lora_jax.tables.quoted import quoted
@@ -58,7 +59,7 @@ def _claims() -> tuple[Claim, ...]:
 
 
 def _paper() -> Table:
-    reason = "GPT-3's weights are not public"
+    reason = missing.GPT3
     rows = quoted("lora_t05_which_matrices", ("weight_types", "rank"),
                   ("WikiSQL_acc", "MultiNLI_acc"), reason, times=0.01)  # fmt: skip
     labels = ("dataset", "weight_types", "rank")

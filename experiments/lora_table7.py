@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import missing
 from given_folders import CONFIGS
 
 from lora_jax.tables import Computed, NotRun, Published, Row, Table
@@ -169,5 +170,5 @@ def table(scale: str) -> Table:
 
 def _work(scale: str, function: Any, metric: str) -> Computed | NotRun:
     if scale == "paper":
-        return NotRun("GPT-3's weights are not public")
+        return NotRun(missing.GPT3)
     return Computed(function, seeded=True, name="analysis", metric=metric)

@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import missing
 from given_folders import CONFIGS
 
 from lora_jax.tables import Claim, Computed, Row, Table
@@ -42,7 +43,7 @@ def fitted(
 
 def table(scale: str) -> Table:
     if scale == "paper":
-        reason = "GPT-3's weights are not public"
+        reason = missing.GPT3
         rows = quoted("lora_t08_fewshot", ("method",), ("MNLI_m_acc", "RTE_acc"), reason, 0.01)
         return Table("LoRA paper, Table 8: few-shot and fine-tuned GPT-3", tuple(rows), seeds=1)
     short: dict[str, Any] = {}

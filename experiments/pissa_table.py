@@ -7,6 +7,7 @@ at rank 8, MiniLM-L6 (extra `minilm`) on SST-2.
 """
 
 import minilm
+import missing
 
 from lora_jax.tables import Table
 from lora_jax.tables.quoted import quoted
@@ -26,7 +27,7 @@ def table(scale: str) -> Table:
         tasks = ("MNLI", "SST2", "MRPC", "CoLA", "QNLI", "QQP", "RTE", "STSB", "ALL")
         reason = "MetaMathQA and the tests that score answers are not in the project"
         rows = quoted("pissa_t2_nlg", ("model", "strategy"), tests, reason)
-        reason = "there is no DeBERTa in the project"
+        reason = missing.DEBERTA
         rows += quoted("pissa_t3_glue", ("method",), tasks, reason)
         return Table("PiSSA, Tables 2 and 3", tuple(rows), seeds=1)
     return Table(

@@ -12,9 +12,10 @@ three epochs. The metrics need the extra `metrics`; METEOR needs Java.
 from typing import Any
 
 import smollm2_e2e
-from given_folders import e2e, e2e_notes
+from given_folders import CONFIGS, e2e, e2e_notes
 from smollm2_e2e import METRICS
 
+from lora_jax.config import load_module
 from lora_jax.tables import Claim, Published, Row, Table, Trained
 from lora_jax.tables.presets import row
 from lora_jax.tables.quoted import quoted
@@ -33,7 +34,7 @@ METHODS = {
     "Prefix, scripts": (SCRIPTS, {"method.kind": "prefix_tuning"}),
 }
 MODELS = {"GPT-2 M": "openai-community/gpt2-medium", "GPT-2 L": "openai-community/gpt2-large"}
-PAIRS = 42061
+PAIRS = load_module(str(CONFIGS / "e2e.py")).TRAINING_PAIRS
 LENGTHS = (1, 5, 20)
 NOTES = (
     "the ACL version's numbers; arXiv's first version has others for FT (68.2), Prefix (69.7) and "

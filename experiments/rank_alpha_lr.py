@@ -48,7 +48,6 @@ SEEDED = ("seed", "data.seed", "training.dropout_seed")
 ALPHA = 32.0
 # All six kernels of a layer of width d: attention has 4 of d x d, the MLP d x 4d and 4d x d.
 ALL, ATTENTION, MLP = "all-linear", "attention/(query|key|value|out)$", "mlp/(up|down)$"
-STEP = 0.5  # decades between two rates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +103,7 @@ def lora(rank: int, targets: str = ALL, scaling: str = "standard") -> dict[str, 
 
 
 def arms(scale: Scale) -> list[Arm]:
-    rates, full = (_rates(*ends) for ends in (scale.lora, scale.full))
+    rates, full = (best.rates(*ends) for ends in (scale.lora, scale.full))
     attention, mlp = scale.equal
     return [
         Arm("full", "full", {"method.kind": "full"}, full),
@@ -113,11 +112,6 @@ def arms(scale: Scale) -> list[Arm]:
         Arm(f"mlp r={mlp}", "targets", lora(mlp, MLP), rates),
         Arm(f"rsLoRA r={scale.high}", "rslora", lora(scale.high, scaling="rslora"), rates),
     ]
-
-
-def _rates(low: float, high: float) -> tuple[float, ...]:
-    count = round((high - low) / STEP) + 1
-    return tuple(float(f"{10 ** (low + STEP * i):.2g}") for i in range(count))
 
 
 def measure(
