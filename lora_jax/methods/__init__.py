@@ -1,4 +1,4 @@
-"""Methods: rules about a parameter tree. One file each; see `base.Method` for the protocol.
+"""Methods: rules about a parameter tree. A file each, or one for close kin; see `base.Method` for the protocol.
 
 Found by looking: a module here whose classes carry `@register("name")` adds its methods. They are
 all imported with the package, so a module imports what is heavy (Flax) where it needs it.
