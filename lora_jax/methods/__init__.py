@@ -1,4 +1,6 @@
-"""Methods: rules about a parameter tree. A file each, or one for close kin; see `base.Method` for the protocol.
+"""Methods: rules about a parameter tree, a file each, or one for close kin.
+
+The protocol: `base.Method`.
 
 Found by looking: a module here whose classes carry `@register("name")` adds its methods. They are
 all imported with the package, so a module imports what is heavy (Flax) where it needs it.
