@@ -177,7 +177,7 @@ def _sweep(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _table(args: argparse.Namespace, overrides: list[str]) -> None:
-    from lora_jax import tables
+    from lora_jax import locks, tables
     from lora_jax.tables import kept, render
 
     name, workdir = f"{Path(args.experiment).stem}_{args.scale}", Path(args.workdir)
@@ -186,12 +186,13 @@ def _table(args: argparse.Namespace, overrides: list[str]) -> None:
     if cost and not args.quiet:  # before it is spent
         print(f"{table.title}. Declared cost: {cost}", flush=True)
     known = kept.read([Path(p) for p in args.known], table, args.scale)
-    earlier = kept.earlier(workdir / f"{name}.json", table, args.scale)
-    filled = tables.run(
-        table, args.scale, workdir,
-        rows=args.rows, seeds=args.seeds, progress=not args.quiet, known=known, earlier=earlier,
-        after=lambda so_far: render.write(so_far, workdir, name, {**earlier, **known}),
-    )  # fmt: skip
+    with locks.alone(workdir):
+        earlier = kept.earlier(workdir / f"{name}.json", table, args.scale)
+        filled = tables.run(
+            table, args.scale, workdir,
+            rows=args.rows, seeds=args.seeds, progress=not args.quiet, known=known, earlier=earlier,
+            after=lambda so_far: render.write(so_far, workdir, name, {**earlier, **known}),
+        )  # fmt: skip
     print(render.markdown(filled))
     print(f"{workdir / name}.csv, .md, .tex, .html and .json")
     if filled.failed:

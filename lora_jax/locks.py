@@ -18,14 +18,13 @@ def alone(folder: Path) -> Iterator[None]:
     """Makes `folder` if need be and keeps other processes out of it; one that is left as empty as
     it was made is removed.
 
-    The system lets go of the lock when a process ends, killed or not. Within a process the lock may
-    be taken again.
+    Where the file system has locks, the lock is gone when its process ends, killed or not.
 
-    Raises UserError where another process holds it.
+    Raises UserError where it is held, by another process or this one.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / FILE, is_singleton=True)
+    lock = filelock.FileLock(folder / FILE)
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout:
@@ -35,9 +34,11 @@ def alone(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        # While it is held: later the file may be another process's.
+        with contextlib.suppress(OSError):
+            if made and all(path.name == FILE for path in folder.iterdir()):
+                (folder / FILE).unlink()
         lock.release()
-        if made and all(path.name == FILE for path in folder.iterdir()):
-            (folder / FILE).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # a parent that another one has begun to use
-                for path in made:
-                    path.rmdir()
+        with contextlib.suppress(OSError):  # not empty: something came in, or another process
+            for path in made:
+                path.rmdir()

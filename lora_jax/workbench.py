@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax import bases, pretrained, training
+from lora_jax import bases, partition, pretrained, training
 from lora_jax.data import loader
 from lora_jax.data.placeholders import behind_prompts
 from lora_jax.data.tasks.chat import Chat
@@ -31,7 +31,7 @@ Batch = dict[str, Any]
 
 class Workbench:
     """Reads only `model`, `data`, `evaluation`, `mesh` and the loss's settings of the experiment,
-    and what its method makes of the base (`Method.base_key`).
+    and how its method cuts the base and lengthens prompts: see `serves`.
 
     Args:
       experiment: of any of the runs.
@@ -65,7 +65,16 @@ class Workbench:
                 f"the task gives {self.task.reads} and a {type(model).__name__} reads {reads}: "
                 "change data.task, or the model"
             )
+        self._whole = jax.eval_shape(lambda: params)
         return model, self.experiment.method.arrange(params)
+
+    def serves(self, method: Method) -> bool:
+        """Whether the base is cut as this method needs it, and prompts are as long."""
+        here, cut = self.params, jax.eval_shape(method.arrange, self._whole)
+        own = self.experiment.method
+        return list(partition.flatten(here)) == list(partition.flatten(cut)) and (
+            own.placeholders(here) == method.placeholders(here)
+        )
 
     def _load(self) -> tuple[Any, Any]:
         """(model, parameters) as the experiment's `model` says."""

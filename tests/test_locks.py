@@ -1,5 +1,6 @@
 """Two processes in one workdir: the second is told, a killed one leaves nothing that stops."""
 
+import shutil
 import subprocess
 import sys
 
@@ -27,7 +28,7 @@ def test_another_process_is_told_and_a_killed_one_is_no_obstacle(tmp_path):
         with pytest.raises(UserError, match="at work in .*run: wait"), locks.alone(folder):
             raise AssertionError("two at a time")
         process.kill()
-    with locks.alone(folder), locks.alone(folder):  # twice within a process
+    with locks.alone(folder):
         pass
     assert folder.exists()  # this process did not make it
 
@@ -44,6 +45,30 @@ def test_a_folder_goes_if_nothing_came_into_it(tmp_path):
     with locks.alone(tmp_path / "a" / "b"):
         pass
     assert (tmp_path / "a" / "b" / "kept").exists()
+
+
+def test_anothers_lock_stays_and_an_error_is_not_hidden(tmp_path, monkeypatch):
+    """Between letting go and leaving, another process may have come."""
+    folder, release = tmp_path / "run", filelock.FileLock.release
+    others = []
+
+    def released(lock, *args, **options):
+        release(lock, *args, **options)
+        if not others:
+            folder.mkdir(exist_ok=True)
+            others.append(filelock.FileLock(folder / locks.FILE))
+            others[0].acquire(blocking=False)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(filelock.FileLock, "release", released)
+        with locks.alone(folder):
+            pass
+    with pytest.raises(UserError, match="at work"), locks.alone(folder):
+        pass
+    others[0].release()
+    with pytest.raises(ValueError, match="what happened"), locks.alone(tmp_path / "gone"):
+        shutil.rmtree(tmp_path / "gone")
+        raise ValueError("what happened")
 
 
 def test_a_run_and_a_sweep_hold_their_workdirs(tiny_config, tmp_path, monkeypatch):

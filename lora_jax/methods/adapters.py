@@ -99,10 +99,6 @@ class Adapter(activations.ActivationMethod):
         if self.size < 1 or self.drop < 0:
             raise UserError(f"size={self.size} must be at least 1, and drop={self.drop} at least 0")
 
-    @property
-    def base_key(self) -> dict[str, Any]:
-        return super().base_key | ({"drop": self.drop} if self.drop else {})
-
     def arrange(self, params: Any) -> Any:
         """Cuts the stack above the layers without adapters."""
         params = super().arrange(params)

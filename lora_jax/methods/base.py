@@ -86,12 +86,6 @@ class Method:
     # The field that says how much trains, an int (rank, units, length, …); None: there is none.
     size_field: ClassVar[str | None] = None
 
-    @property
-    def base_key(self) -> dict[str, Any]:
-        """What `arrange` and `placeholders` depend on: members of a sweep share a base where it is
-        equal."""
-        return {"train": getattr(self, "train", ())}
-
     def arrange(self, params: Any) -> Any:
         """`params` as the method needs them cut (`partition.split_stacks`): called once, on load.
 
@@ -210,8 +204,10 @@ class Method:
 
 def cut_between(params: Any, *groups: Sequence[str]) -> Any:
     """Cuts stacks between layers of which different groups of patterns match a leaf."""
+    for pattern in itertools.chain(*groups):
+        partition.compiled(pattern)  # told before anything is matched
     cuts: dict[str, list[int]] = {}
-    for path in partition.flatten(params):
+    for path in partition.flatten(params) if any(groups) else ():
         if (span := partition.stack_of(path)) is None:
             continue
         kinds = [

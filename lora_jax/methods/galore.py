@@ -62,6 +62,10 @@ class GaLore(FullFineTuning):
         if self.rank < 1 or self.every < 1:
             raise UserError(f"GaLore needs rank={self.rank} and every={self.every} at least 1")
 
+    def arrange(self, params: Any) -> Any:
+        """Cuts stacks where the layers that are projected, or trained, begin and end."""
+        return base.cut_between(params, self.train, partition.listed(self.targets))
+
     def projected(self, tree: Mapping[str, Any]) -> list[str]:
         """The paths of the leaves that are projected, of a trainable tree."""
         patterns = partition.listed(self.targets)
@@ -75,7 +79,7 @@ class GaLore(FullFineTuning):
             if any(hits) and not all(hits):
                 raise UserError(
                     f"targets: {path!r} is one stack, whose layers are all projected or none: "
-                    "match them all, or cut it with lora_jax.partition.split_stacks"
+                    "match them all, or cut it first: params = method.arrange(params)"
                 )
             if all(hits) and x.ndim - stacked == 2 and min(x.shape[-2:]) > self.rank:
                 found.append(path)

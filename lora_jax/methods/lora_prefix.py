@@ -38,10 +38,6 @@ class _LoRAWithPrefix(LoRA):
         super().__post_init__()
         self.special()  # its own checks
 
-    @property
-    def base_key(self) -> dict[str, Any]:
-        return self.special().base_key | super().base_key
-
     def placeholders(self, params: Any) -> tuple[int, ...]:
         return self.special().placeholders(params)
 

@@ -74,10 +74,6 @@ class TopLayers(FullFineTuning):
         if self.layers < 1:
             raise UserError(f"layers={self.layers} must be at least 1")
 
-    @property
-    def base_key(self) -> dict[str, Any]:
-        return {**super().base_key, "layers": self.layers}
-
     def _layers(self, params: Any) -> dict[str, int]:
         """Number of layers of each stack, by its name (`layers`).
 

@@ -78,10 +78,6 @@ class _Special(activations.ActivationMethod):
                 f"prefix={self.prefix} and infix={self.infix} must be at least 0, one of them more"
             )
 
-    @property
-    def base_key(self) -> dict[str, Any]:
-        return super().base_key | ({"infix": self.infix} if self.infix else {})
-
     def placeholders(self, params: Any) -> tuple[int, ...]:
         size = self._vocabulary(params)
         return tuple(range(size, size + self.infix))

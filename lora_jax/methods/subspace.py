@@ -138,10 +138,6 @@ class Subspace(base.Method):
     def _whole(self, params: Any) -> list[str]:
         return base.whole_leaves(params, self.train)
 
-    @property
-    def base_key(self) -> dict[str, Any]:
-        return {**super().base_key, "patterns": self.patterns}
-
     def arrange(self, params: Any) -> Any:
         """Cuts stacks where the layers that are covered, or trained whole, begin and end."""
         return base.cut_between(params, self.train, self.patterns)

@@ -118,6 +118,7 @@ class Family:
       reads: what its models are called with: "tokens", or "images", whose families are this
         library's own and unknown to transformers.
       example: config -> the smallest batch that a model may be called with.
+      inputs_first: whether its layers are stored (in, out), as transformers' `Conv1D`.
     """
 
     name: str
@@ -131,3 +132,4 @@ class Family:
     renamed: tuple[tuple[str, str], ...] = ()
     reads: Literal["tokens", "images"] = "tokens"
     example: Callable[[Any], Any] = tokens_example
+    inputs_first: bool = False

@@ -248,5 +248,6 @@ FAMILIES = (
         tensors,
         ignored,
         prefix=lambda config: "transformer.",
+        inputs_first=True,
     ),
 )

@@ -38,7 +38,11 @@ _ROWS = 4096  # of a head that are compared with the embedding's at one time
 def open_source(source: str | os.PathLike[str]) -> TensorSource:
     """Opens an alias, folder, .gguf or hub name; reads headers only."""
     path = hub.resolve(source)
-    return Dequantized(Folder(path)) if path.is_dir() else GGUFFile(path)
+    if not path.is_dir():
+        return GGUFFile(path)
+    folder = Folder(path)
+    family = FAMILIES.get(folder.config.get("model_type", ""))
+    return Dequantized(folder, inputs_first=family is not None and family.inputs_first)
 
 
 def load_pretrained(

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from lora_jax import partition
 from lora_jax.errors import UserError
 from lora_jax.methods import METHODS, Method
-from lora_jax.methods.peft import PREFIX, UNWRAPPED, AdapterFiles, NoPeftForm, fused
+from lora_jax.methods.peft import PREFIX, AdapterFiles, NoPeftForm, fused, prompts
 from lora_jax.methods.peft.targets import CLASSIFIERS
 from lora_jax.models import FAMILIES, TensorSpec
 from lora_jax.pretrained import hub, method_json, own_form, provenance
@@ -226,12 +226,12 @@ def arranged(path: str | os.PathLike[str], model: Any, params: Any) -> Any:
 def _edges_of_whole(files: AdapterFiles, names: Names, params: Any) -> dict[str, list[int]]:
     """By the name of a stack: between which layers the modules that PEFT saved whole change."""
     tensors = [
-        re.sub(r"\.(modules_to_save|base_layer)\.", ".", name)
-        for name in fused.split(files.tensors, names)
+        re.sub(r"\.(modules_to_save|base_layer)\.", ".", name).removeprefix(PREFIX)
+        for form in (files.tensors, prompts.wrapped(files.tensors))
+        for name in fused.split(form, names)
         if not name.endswith(".base_layer.weight")  # a copy of a frozen one
     ]
-    stripped = [t.removeprefix(p) for t in tensors for p in (PREFIX, UNWRAPPED)]
-    whole = {names.ours[name] for name in stripped if name in names.ours}
+    whole = {names.ours[name] for name in tensors if name in names.ours}
     found: dict[str, list[int]] = {}
     for path in partition.flatten(params):
         if (span := partition.stack_of(path)) is not None:

@@ -119,7 +119,7 @@ class Sweep:
         self.grid = grid.members(base, combos)
         self.members = grid.unique(self.grid)
         self.keys = sorted({key for combo in combos for key in combo})
-        self._benches: dict[str, Workbench] = {}
+        self._benches: dict[str, list[Workbench]] = {}
         self._update_seconds = 0.0
 
     @property
@@ -176,16 +176,18 @@ class Sweep:
         return found
 
     def bench(self, member: Member) -> Workbench:
-        """The workbench of all members with this model, task, evaluation and mesh."""
+        """The workbench of all members with this model, data, evaluation, mesh and training, whose
+        methods cut the base alike; each way of cutting it holds a base of its own."""
         config = to_dict(member.experiment)
         shared = {k: config[k] for k in ("model", "data", "evaluation", "mesh", "training")}
         shared["data"]["seed"] = shared["training"]["dropout_seed"] = None
         shared["training"]["start_from"] = None
-        shared["method"] = member.experiment.method.base_key
-        key = json.dumps(shared, sort_keys=True)
-        if key not in self._benches:
-            self._benches[key] = Workbench(member.experiment)
-        return self._benches[key]
+        benches = self._benches.setdefault(json.dumps(shared, sort_keys=True), [])
+        for bench in benches:
+            if bench.serves(member.experiment.method):
+                return bench
+        benches.append(Workbench(member.experiment))
+        return benches[-1]
 
     def shapes(self, member: Member) -> Any:
         return self.bench(member).shapes(member.experiment)[0]

@@ -101,15 +101,14 @@ class Table:
         names = [(row.row, row.metric) for row in self.rows]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise UserError(f"two rows of {self.title!r} are called {' / '.join(twice[0])}")
-        files: dict[tuple[str, str], str] = {}
+        files: dict[tuple[str, str], Row] = {}
         for one in self.rows:
             if not isinstance(one.work, Computed):
                 continue  # runs lie in folders named by what they are told
-            label = one.runs or one.row
-            other = files.setdefault((one.folder, one.work.file), label)
-            if other != label:
+            other = files.setdefault((one.folder, one.work.file), one)
+            if not _same_runs(one, other):
                 raise UserError(
-                    f"the rows {other!r} and {label!r} of {self.title!r} would share the file "
+                    f"the rows {other.row!r} and {one.row!r} of {self.title!r} would share "
                     f"{one.folder}/{one.work.file}: let their labels differ in letters or digits, "
                     "or their functions have different names"
                 )
@@ -195,6 +194,14 @@ def _cells(line: Line) -> dict[str, object]:
         "seeds": 0 if summary is None else summary.n,
         "trainable_params": line.measured.trainable_params,
     }
+
+
+def _same_runs(one: Row, other: Row) -> bool:
+    """Of two rows whose functions keep what they gave in one file: whether they are meant to."""
+    if one.row == other.row:
+        return True
+    calls = [row.work.function for row in (one, other) if isinstance(row.work, Computed)]
+    return one.runs == other.runs != "" and calls[0] is calls[1]
 
 
 def load(spec: str, scale: str) -> Table:
@@ -302,7 +309,8 @@ def _with_software(measured: Measured, before: Measured | None) -> Measured:
     """With the versions of now, or of the earlier call that had the same numbers."""
     if not measured.found:
         return measured
-    if before is None or (before.values, before.summary) != (measured.values, measured.summary):
+    numbers = [str((x.values, x.summary)) for x in (before, measured) if x]  # NaN equals NaN there
+    if before is None or numbers[0] != numbers[1]:
         return dataclasses.replace(measured, software=software())
     return dataclasses.replace(measured, software=before.software)
 

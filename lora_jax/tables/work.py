@@ -97,10 +97,12 @@ def told(config: str) -> list[str]:
 
 
 def named(overrides: Any) -> Any:
-    """Overrides with the names of data's files, without the folders that they lie in."""
+    """Overrides, or several, with the names of data's files, without the folders they lie in."""
+    if isinstance(overrides, list | tuple):
+        return [named(x) for x in overrides]
     if not isinstance(overrides, Mapping):
         return overrides
-    return {k: Path(v).name if k.endswith("path") and isinstance(v, str) else named(v)
+    return {k: Path(v).name if k.split(".")[-1] == "path" and isinstance(v, str) else named(v)
             for k, v in overrides.items()}  # fmt: skip
 
 

@@ -33,17 +33,47 @@ def test_such_a_run_ends_opens_and_is_analysed(name, tiny_config, tmp_path, caps
     assert "layers" in capsys.readouterr().out
 
 
-def test_members_with_equal_layers_share_a_base(tiny_config, tmp_path):
-    layers = [{"method.train": (f"^layers/{i}/mlp/",)} for i in (0, 1)]
-    grid = {"layers": layers, "rank": [{"method.rank": r} for r in (1, 2)]}
+def test_members_whose_base_is_cut_alike_share_it(tiny_config, tmp_path):
+    """Of two layers either is cut off the other; patterns of no stack cut nothing."""
+    trained = ("^layers/0/mlp/", "^layers/1/mlp/", "^final_norm/", "norm/")
+    grid = {
+        "train": [{"method.train": (pattern,)} for pattern in trained],
+        "rank": [{"method.rank": r} for r in (1, 2)],
+    }
     base = to_dict(from_dict(configured(tiny_config, "lora")))
     sweep = Sweep(base, grid, tmp_path / "sweep", Options(), False)
-    benches = {id(sweep.bench(member)) for member in sweep.members}
-    assert len(sweep.members) == 4 and len(benches) == 2
-    assert sweep.run()["packs"] == 2
+    benches = [id(sweep.bench(member)) for member in sweep.members]
+    assert len(sweep.members) == 8 and len(set(benches)) == 2
+    assert len(set(benches[:4])) == len(set(benches[4:])) == 1
+    sweep.run()
     for member in sweep.members:
         result = json.loads((sweep.folder / member.name / "result.json").read_text())
         assert result["status"] == "finished"
+
+
+def test_prompts_of_another_length_are_no_part_of_a_shared_base(tiny_config, tmp_path):
+    fields = {"kind": "lora_prefix_embedding", "rank": 1, "prefix": 1, "targets": "all-linear"}
+    config = {**tiny_config(training={"steps": 2}), "method": fields}
+    grid = {"infix": [{"method.infix": n} for n in (0, 1, 1)]}
+    sweep = Sweep(to_dict(from_dict(config)), grid, tmp_path / "sweep", Options(), False)
+    assert [len(sweep.bench(m).placeholders) for m in sweep.members] in ([0, 1], [0, 1, 1])
+
+
+def test_a_pattern_that_is_none_is_told(tiny_config, tmp_path, capsys):
+    config = tmp_path / "config.py"
+    made = {**configured(tiny_config, "lora")}
+    made["method"] = {**made["method"], "train": ("mlp/(up",)}
+    config.write_text(f"def get_config():\n    return {made!r}\n")
+    assert cli.main(["run", str(config), "--workdir", str(tmp_path / "run")]) == 2
+    assert "is not a regular expression" in capsys.readouterr().err
+
+
+def test_galore_projects_some_layers(tiny_config, tmp_path):
+    fields = {"kind": "galore", "train": (".*",), "targets": "layers/1/.*(query|value)", "rank": 2}
+    config = {**tiny_config(training={"steps": 2}), "method": fields}
+    runs.run(from_dict(config), tmp_path / "run", progress=False)
+    _, method, trainable = runs.load_run(tmp_path / "run")
+    assert {path.split("/")[0] for path in method.projected(trainable)} == {"layers[1:2]"}
 
 
 def test_a_tree_without_such_layers_stays_as_it_is():

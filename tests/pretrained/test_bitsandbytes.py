@@ -4,6 +4,7 @@ import json
 import shutil
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
@@ -12,9 +13,13 @@ from safetensors.numpy import load_file, save_file
 
 import lora_jax as lj
 from lora_jax import partition
+from lora_jax.pretrained.load import draw
 from lora_jax.tensors.nf4 import nf4
 
 ASKED = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
+GPT2 = {"model_type": "gpt2", "vocab_size": 30, "n_embd": 64, "n_layer": 2, "n_head": 2}
 
 
 def parts(name, q, nested):
@@ -30,26 +35,75 @@ def parts(name, q, nested):
     return found | {f"{name}.quant_state.bitsandbytes__nf4": packed}
 
 
-@pytest.fixture(params=[True, False], ids=["nested", "plain"])
-def folders(request, tmp_path):
-    """(a folder of bitsandbytes', one with the numbers that it stands for)."""
-    lj.save_pretrained(tmp_path / "dense", *random_model(hidden_size=64, intermediate_size=128))
-    dense = load_file(tmp_path / "dense" / "model.safetensors")
+def written(folder, model, params, layers, *, nested=True, inputs_first=False):
+    """(a folder of bitsandbytes', one with the numbers that it stands for).
+
+    Args:
+      inputs_first: the dense layers are (in, out), as GPT-2's, and turned to be quantised.
+    """
+    lj.save_pretrained(folder / "dense", model, params)
+    dense = load_file(folder / "dense" / "model.safetensors")
     quantised = {}
     for name, tensor in dense.items():
-        if "proj" not in name:
+        if not (name.endswith("weight") and any(x in name for x in layers)):
             quantised[name] = tensor
             continue
-        q = nf4(tensor.T)
-        dense[name] = np.ascontiguousarray(np.asarray(q.dense()).T)
-        quantised |= parts(name, q, request.param)
-    save_file(dense, tmp_path / "dense" / "model.safetensors")
-    shutil.copytree(tmp_path / "dense", tmp_path / "nf4")
-    save_file(quantised, tmp_path / "nf4" / "model.safetensors")
-    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+        q = nf4(tensor if inputs_first else tensor.T)
+        numbers = np.asarray(q.dense())
+        dense[name] = np.ascontiguousarray(numbers if inputs_first else numbers.T)
+        quantised |= parts(name, q, nested)
+    save_file(dense, folder / "dense" / "model.safetensors")
+    shutil.copytree(folder / "dense", folder / "nf4")
+    save_file(quantised, folder / "nf4" / "model.safetensors")
+    config = json.loads((folder / "dense" / "config.json").read_text())
     asked = json.dumps({**config, "quantization_config": ASKED})
-    (tmp_path / "nf4" / "config.json").write_text(asked)
-    return tmp_path / "nf4", tmp_path / "dense"
+    (folder / "nf4" / "config.json").write_text(asked)
+    return folder / "nf4", folder / "dense"
+
+
+@pytest.fixture(params=[True, False], ids=["nested", "plain"])
+def folders(request, tmp_path):
+    model, params = random_model(hidden_size=64, intermediate_size=128)
+    return written(tmp_path, model, params, ("proj",), nested=request.param)
+
+
+def test_gpt2s_layers_which_are_turned_load_too(tmp_path):
+    model, params = draw(GPT2, 0)
+    layers = ("c_attn", "c_proj", "c_fc")
+    (_, ours), (_, meant) = map(
+        lj.load_pretrained, written(tmp_path, model, params, layers, inputs_first=True)
+    )
+    jax.tree.map(np.testing.assert_array_equal, ours, meant)
+
+
+def changed(folder, name, change):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors[name] = change(tensors[name])
+    save_file(tensors, file)
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def test_codes_may_be_kept_as_another_dtype(folders):
+    changed(folders[0], UP, lambda x: x.reshape(-1).view(ml_dtypes.bfloat16)[:, None])
+    (_, ours), (_, meant) = map(lj.load_pretrained, folders)
+    jax.tree.map(np.testing.assert_array_equal, ours, meant)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "match"),
+    [
+        ("", lambda x: x[:-32].copy(), "4064 bytes of codes and should have 4096"),
+        (".absmax", lambda x: x[:-1].copy(), "127 absmax and should have 128"),
+        (".quant_state.bitsandbytes__nf4", lambda x: x[:-9].copy(), "damaged: get the file again"),
+    ],
+)
+def test_a_damaged_part_is_named(folders, part, change, match):
+    changed(folders[0], UP + part, change)
+    with pytest.raises(lj.UserError, match=match):
+        lj.load_pretrained(folders[0])
 
 
 def test_it_loads_as_the_dense_one(folders):

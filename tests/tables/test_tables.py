@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lora_jax import cli, statistics, tables
+from lora_jax import cli, locks, statistics, tables
 from lora_jax.errors import UserError
 from lora_jax.tables import kept, published, render
 from lora_jax.tables.quoted import quoted
@@ -149,6 +149,26 @@ def test_rows_that_name_the_same_runs_share_them(tmp_path: Path) -> None:
     assert calls == [0, 1]
     assert list(frame["row"]) == ["Table 5: q", "Table 6: q"]
     assert list(frame["measured"]) == [10.5, 10.5]
+
+
+def test_other_functions_do_not_share_their_runs() -> None:
+    works = [tables.Computed(lambda f, s, x=x: {"value": x}, name="value") for x in (1.0, 2.0)]
+    rows = tuple(tables.Row(str(i), "acc", work, runs="q") for i, work in enumerate(works))
+    with pytest.raises(UserError, match="'0' and '1' of 't' would share"):
+        tables.Table("t", rows)
+
+
+def test_a_second_command_in_a_tables_workdir_is_told(tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "exp.py"
+    file.write_text(
+        "from lora_jax.tables import NotRun, Row, Table\n"
+        "def table(scale):\n    return Table('t', (Row('a', 'm', NotRun('why')),))\n"
+    )
+    arguments = ["table", str(file), "--scale", "small", "--workdir", str(tmp_path / "w")]
+    with locks.alone(tmp_path / "w"):
+        assert cli.main(arguments) == 2
+    assert "another process is at work" in capsys.readouterr().err
+    assert cli.main(arguments) == 0
 
 
 def test_a_table_says_with_what_it_was_measured(tmp_path: Path, monkeypatch: Any) -> None:
@@ -583,7 +603,7 @@ def test_mistakes_in_a_table() -> None:
     with pytest.raises(UserError, match="two rows"):
         tables.Table("t", (row, row))
     same = tables.Computed(lambda folder, seed: {"value": 1.0}, name="latency")
-    with pytest.raises(UserError, match="'LoRA' and 'LoRA.' of 't' would share the file"):
+    with pytest.raises(UserError, match="'LoRA' and 'LoRA.' of 't' would share"):
         tables.Table("t", (tables.Row("LoRA", "m", same), tables.Row("LoRA+", "m", same)))
     with pytest.raises(UserError, match="claim names 'b'"):
         tables.Table("t", (row,), claims=(tables.Claim("a", "b", "m"),))

@@ -11,6 +11,7 @@ import numpy as np
 
 from lora_jax import partition
 from lora_jax.errors import UserError, nearest
+from lora_jax.methods.peft import fused
 from lora_jax.methods.peft.patterns import regexes
 from lora_jax.methods.peft.protocol import (
     PREFIX,
@@ -62,7 +63,8 @@ def write(
     bias, modules = add_whole(names, whole, params, set(), kept) if whole else ("none", [])
     if bias != "none":
         raise NoPeftForm("beside a prompt PEFT trains whole modules, not biases alone")
-    tensors = {UNWRAPPED + name.removeprefix(PREFIX): value for name, value in kept.items()}
+    joined = fused.join_whole(kept)
+    tensors = {UNWRAPPED + name.removeprefix(PREFIX): value for name, value in joined.items()}
     tensors[ROWS] = np.ascontiguousarray(rows, np.float32)
     return AdapterFiles(
         {
@@ -73,6 +75,13 @@ def write(
         },
         tensors,
     )
+
+
+def wrapped(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Modules saved whole, named as beside a LoRA, without PEFT's copies of the frozen ones."""
+    plain = {n.removeprefix(UNWRAPPED).replace(".modules_to_save.", "."): x
+             for n, x in tensors.items() if ".original_module." not in n}  # fmt: skip
+    return {PREFIX + name: x for name, x in plain.items()}
 
 
 def read(files: AdapterFiles, names: ModelNames, params: Any) -> Stored:
@@ -99,13 +108,11 @@ def read(files: AdapterFiles, names: ModelNames, params: Any) -> Stored:
             f"{files.where}: num_virtual_tokens is {wanted}, but {ROWS} has {rows.shape[0]} rows"
         )
     found: dict[str, np.ndarray] = {}
-    for name, value in tensors.items():
-        tensor = name.removeprefix(UNWRAPPED).replace(".modules_to_save.", ".")
-        if ".original_module." in tensor:
-            continue  # PEFT's copy of the frozen module
+    for tensor, value in fused.split(wrapped(tensors), names).items():
+        tensor = tensor.removeprefix(PREFIX)
         if tensor not in names.ours or value.shape != names.shapes[tensor]:
             raise UserError(
-                f"{files.where} does not fit this model: {name} {list(value.shape)}; "
+                f"{files.where} does not fit this model: {tensor} {list(value.shape)}; "
                 f"{nearest(tensor, names.ours)}"
             )
         found[names.ours[tensor]] = value.T if names.transposed[tensor] else value
@@ -126,7 +133,7 @@ def _leaves(found: Mapping[str, np.ndarray], params: Any, where: str) -> dict[st
         if held and len(held) < len(layers):
             raise UserError(
                 f"{where} trains {held[0]!r} whole, but {path!r} holds other layers too: cut it "
-                "first with lora_jax.partition.split_stacks"
+                "first, as its method did: params = method.arrange(params)"
             )
         if held:
             values = [found[layer] for layer in layers]
