@@ -6,6 +6,13 @@ The paper trains GPT-3, whose weights are not public, on WikiSQL and MNLI: `pape
 `small`: the same question to MiniLM-L6 (extra `minilm`) on SST-2, each at its best learning rate of
 two. All members of a row's grid are one program. Table 18, ranks on E2E, is lora_table18.py.
 
+Measured so, `small`, 3 seeds, accuracy. At one budget as in the paper, what matters is that values
+are among the matrices: query 0.761, key 0.776, both 0.778; output 0.784, value 0.796, query and
+value 0.795, all four 0.803. Query and value over query: 0.034 [0.032, 0.037], over key 0.019
+[0.012, 0.026]; over the others undecided. A higher rank gives more than in the paper: from 1 to 64
+query gains 0.018 [-0.007, 0.043], query and value 0.015 [0.005, 0.025], all four 0.006 [-0.012,
+0.023]; the kinds of matrices differ by more. All rows but two at rank 64 took the greater rate.
+
 PROTOCOL CHANGED AFTER A LOOK: it was an epoch of 4,000 sentences of CoLA, where six rows of Table 5
 stood between -0.01 and 0.02, which is next to the majority class.
 """

@@ -16,6 +16,7 @@ from lora_jax import partition
 from lora_jax.methods.prefix import PrefixTuning, PTuningV2
 from lora_jax.methods.prompt import PromptTuning
 from lora_jax.pretrained import load_adapter, save_adapter
+from lora_jax.pretrained import peft as pretrained
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -102,6 +103,30 @@ def test_from_peft_and_back(tmp_path, case):
     again, loaded = load_adapter(tmp_path / "ours", model, params)
     assert again == method
     assert jax.tree.map(np.shape, loaded) == jax.tree.map(np.shape, trainable)
+
+
+def test_a_part_of_a_fused_module_beside_a_prefix(tmp_path):
+    """PEFT saves the module that it is a part of, and we read that again."""
+    base, model, params = fresh(CLASSES["gpt2"], tmp_path / "base")
+    method = PrefixTuning(length=3, hidden=0, train=("^layers/1/attention/query/",))
+    params = method.arrange(params)
+    keys = iter(jax.random.split(jax.random.key(1), 99))
+    trainable = jax.tree.map(
+        lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape),
+        method.init(jax.random.key(0), params),
+    )
+    save_adapter(tmp_path / "ours", model, method, trainable, params=params)
+    held = set(load_file(tmp_path / "ours" / "adapter_model.safetensors"))
+    assert "base_model.transformer.h.1.attn.c_attn.weight" in held
+    assert not any("#" in name for name in held)
+    want = ours(model, method, params, trainable)
+    back = peft.PeftModel.from_pretrained(base, tmp_path / "ours")
+    close(theirs(back.eval()), want)
+    _, _, plain = fresh(CLASSES["gpt2"], tmp_path / "base")
+    arranged = pretrained.arranged(tmp_path / "ours", model, plain)
+    again, loaded = load_adapter(tmp_path / "ours", model, arranged)
+    assert all("layers/1/attention" in pattern for pattern in again.train)
+    close(ours(model, again, arranged, loaded), want)
 
 
 def test_what_training_alone_needed_is_not_saved(tmp_path):
