@@ -65,12 +65,12 @@ class Workbench:
                 f"the task gives {self.task.reads} and a {type(model).__name__} reads {reads}: "
                 "change data.task, or the model"
             )
-        self._whole = jax.eval_shape(lambda: params)
+        self._uncut = jax.eval_shape(lambda: params)  # shapes alone: see `serves`
         return model, self.experiment.method.arrange(params)
 
     def serves(self, method: Method) -> bool:
         """Whether the base is cut as this method needs it, and prompts are as long."""
-        here, cut = self.params, jax.eval_shape(method.arrange, self._whole)
+        here, cut = self.params, jax.eval_shape(method.arrange, self._uncut)
         own = self.experiment.method
         return list(partition.flatten(here)) == list(partition.flatten(cut)) and (
             own.placeholders(here) == method.placeholders(here)

@@ -54,8 +54,8 @@ class Sketch(Workbench):
 
     @functools.cached_property
     def loaded(self) -> tuple[Any, Any]:
-        model, self._whole = self._load()
-        return model, jax.eval_shape(self.experiment.method.arrange, self._whole)
+        model, self._uncut = self._load()
+        return model, jax.eval_shape(self.experiment.method.arrange, self._uncut)
 
     def _load(self) -> tuple[Any, Any]:
         m = self.experiment.model

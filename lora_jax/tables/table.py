@@ -239,7 +239,8 @@ def run(
         `earlier`, with the seeds they had, or as not run.
       seeds: in place of the table's own number.
       known: rows that are measured already, by name: see `kept.read`. Those that have all seeds are
-        not run; one that follows from others (`Following`) is made anew from what is there now.
+        not run, and of those whose runs are a seed's each (`by_seed`) the seeds that are there; one
+        that follows from others (`Following`) is made anew from what is there now.
       earlier: what an earlier call gave, by name: see `kept.earlier`.
       after: called with the `Filled` so far after each row: it has what is known or earlier too.
 
@@ -273,8 +274,13 @@ def run(
             if isinstance(work, Following):
                 has = of({n: x.measured for n, x in lines.items() if x.measured.found})
                 work = work.given(has)
-            measured = _measure(row.name, work, workdir / scale / row.folder, numbers, progress)
+            had = known.get(row.name) if getattr(work, "by_seed", False) else None
+            part = had.of([seed for seed in numbers if seed in had.seeds]) if had else None
+            left = [seed for seed in numbers if part is None or seed not in part.seeds]
+            measured = _measure(row.name, work, workdir / scale / row.folder, left, progress)
             measured = _with_software(measured, earlier.get(row.name))
+            if part is not None and not measured.failed:
+                measured = part.and_more(measured)
             lines[row.name] = _line(table, row, measured)
         elif row.name not in lines:
             lines[row.name] = _line(table, row, Measured({}, reason="left out by --rows"))

@@ -64,6 +64,18 @@ class Measured:
     seeds: tuple[int, ...] = ()
     software: str = ""
 
+    def and_more(self, other: Measured) -> Measured:
+        """With the runs of other seeds."""
+        return dataclasses.replace(
+            other if other.found else self,
+            values={**self.values, **other.values},
+            seconds=self.seconds + other.seconds,
+            seeds=tuple(sorted({*self.seeds, *other.seeds})),
+            software="; ".join(dict.fromkeys(x.software for x in (self, other) if x.software)),
+            notes=tuple(dict.fromkeys(self.notes + other.notes)),
+            place=other.place,
+        )
+
     @property
     def where(self) -> str:
         """The same for metrics of the same runs."""
@@ -159,6 +171,11 @@ class Trained:
     chosen_by: str | None = None
     vary: Sequence[str] = ("data.seed", "training.dropout_seed")
 
+    @property
+    def by_seed(self) -> bool:
+        """Whether the runs of a seed are what they are without the others: nothing is chosen."""
+        return len(self.grid) < 2
+
     def measure(self, folder: Path, seeds: Sequence[int], progress: bool) -> Measured:
         base = to_dict(grid.configured(self.config, self.overrides))
         folder = folder / self._place()
@@ -250,6 +267,10 @@ class Computed:
     seeded: bool = False
     name: str = ""
     metric: str = ""
+
+    @property
+    def by_seed(self) -> bool:
+        return self.seeded
 
     @property
     def file(self) -> str:

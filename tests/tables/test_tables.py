@@ -440,11 +440,14 @@ def test_machines_share_the_rows_of_a_table(tmp_path: Path, capsys: Any) -> None
             (tmp_path / w / f"exp_small.{ending}").read_text() for w in ("both", "whole")
         )
         assert both == whole
-    # Of more seeds than it has, a row is run; those that are left out stand as they are.
+    # Of more seeds than it has, a row's others are run; rows left out stand as they are.
     assert table("more", "--seeds", "3", "--rows", "^a / ", *known) == 0
-    assert len(calls.read_text()) == 11
+    assert len(calls.read_text()) == 9
     frame = pd.read_csv(tmp_path / "more" / "exp_small.csv").set_index(["row", "metric"])
     assert list(frame["seeds"]) == [3, 3, 2, 2, 2]
+    assert list(frame["measured"][:3]) == [1.0, 2.0, 0.5]
+    rows = json.loads((tmp_path / "more" / "exp_small.json").read_text())["rows"]
+    assert rows["a / m"]["values"] == {"0": 0, "1": 1, "2": 2}
     capsys.readouterr()
     assert table("x", "--scale", "smoke", *known) == 2
     assert "is of 'shared, small' at scale small, not of 'shared, smoke'" in capsys.readouterr().err
@@ -458,6 +461,27 @@ def test_machines_share_the_rows_of_a_table(tmp_path: Path, capsys: Any) -> None
     assert table("x", "--rows", "^a / ") == 0  # a damaged one in the workdir is written anew
     assert table("x", "--known", str(tmp_path / "none.json")) == 2
     assert "No such file" in capsys.readouterr().err
+
+
+def test_a_training_goes_on_from_known_seeds(tiny_config: Any, tmp_path: Path) -> None:
+    """Where each seed's run is what it is without the others: not where a grid is chosen from."""
+    config = tmp_path / "config.py"
+    config.write_text(f"def get_config():\n    return {tiny_config(training={'steps': 1})!r}\n")
+
+    def measured(workdir: str, seeds: int, **options: Any) -> Measured:
+        table = tables.Table("t", (tables.Row("a", "m", tables.Trained(str(config))),))
+        filled = tables.run(
+            table, "small", tmp_path / workdir, seeds=seeds, progress=False, **options
+        )
+        return filled.lines[0].measured
+
+    first = measured("one", 1)
+    both = measured("two", 2, known={"a / m": first})
+    assert len(list((tmp_path / "two").glob("small/a/*/members/*"))) == 1
+    assert both.values == measured("whole", 2).values and both.seeds == (0, 1)
+    assert both.seconds > first.seconds > 0
+    rates = [{"optimizer.learning_rate": rate} for rate in (1e-3, 1e-2)]
+    assert not tables.Trained(str(config), grid=rates).by_seed
 
 
 def test_rows_left_out_stand_as_they_were_measured_before(tmp_path: Path) -> None:
