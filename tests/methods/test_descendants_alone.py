@@ -422,7 +422,7 @@ def test_ia3_says_where_feedforward_is_misspelt():
 def test_galore_projects_all_layers_of_a_stack_or_none():
     method = dataclasses.replace(METHODS["galore"], targets=r"layers/1/mlp/up/kernel$")
     tree = {f"layers[0:{L}]/mlp/up/kernel": jnp.ones((L, 6, 10))}
-    with pytest.raises(lj.UserError, match="projected or none: .*split_stacks"):
+    with pytest.raises(lj.UserError, match="projected or none: .*method.arrange"):
         method.wrap_optimizer(optax.sgd(1.0)).init(tree)
 
 

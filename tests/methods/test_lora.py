@@ -114,7 +114,7 @@ def test_leaves_trained_whole_leave_a_hole_and_are_copies():
 def test_some_layers_of_a_stack_must_be_cut_first():
     params = stacked()
     method = lj.FullFineTuning(train=(r"layers/2/",))
-    with pytest.raises(lj.UserError, match=r"split_stacks\(params, \{'layers': \[2\]\}\)"):
+    with pytest.raises(lj.UserError, match=r"cut it first: params = method.arrange"):
         method.init(KEY, params)
     cut = partition.split_stacks(params, {"layers": [2]})
     assert all("[2:3]" in p for p in method.init(KEY, cut))

@@ -97,11 +97,16 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: Any) -> tuple[Any, An
     return theirs, *load_pretrained(folder)
 
 
-def assert_near(ours: Any, theirs: Any, what: str, least: float = 0.0) -> None:
-    """Equal to within 1e-4 of the reference's standard deviation."""
+# Of the standard deviation. On one CPU torch's own gradients in float32 were 1.4e-4 off those in
+# float64 (ours 2e-5): the few that are large have most of the error.
+GRADIENTS = 4e-4
+
+
+def assert_near(ours: Any, theirs: Any, what: str, least: float = 0.0, share: float = 1e-4) -> None:
+    """Equal to within a share of the reference's standard deviation."""
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     assert ours.shape == theirs.shape, what
-    assert np.abs(ours - theirs).max() <= 1e-4 * max(theirs.std(), least), what
+    assert np.abs(ours - theirs).max() <= share * max(theirs.std(), least), what
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -170,7 +175,8 @@ def compare(theirs: Any, model: Any, params: Any, inputs: dict[str, np.ndarray],
     # Without rotation a key's bias cannot matter: its gradient is rounding, so there is a floor.
     typical = float(np.median([g.std() for g in expected.values()]))
     for name, g in expected.items():
-        assert_near(found[name], g, f"{side}: {name}", typical if "key.bias" in name else 0.0)
+        least = typical if "key.bias" in name else 0.0
+        assert_near(found[name], g, f"{side}: {name}", least, GRADIENTS)
 
 
 def test_transformers_loads_what_is_saved(pair: tuple, tmp_path: Any) -> None:
