@@ -31,7 +31,6 @@ from typing import Any
 
 from given_folders import CONFIGS
 
-from lora_jax.errors import UserError
 from lora_jax.tables import Claim, Computed, Measured, NotRun, Row, Table, Trained
 
 MODEL = "smollm2-135m"
@@ -172,7 +171,8 @@ class Spread:
         if self.rate is not None:
             return shown
         if lost := [f"{rate:g}" for rate, x in cells.items() if len(x.values) < len(seeds)]:
-            raise UserError(f"{self.name} diverged at rates {', '.join(lost)}: no error to compare")
+            reason = f"diverged at rates {', '.join(lost)}: no error to compare"
+            return dataclasses.replace(shown, values={}, reason=reason)
         errors = {seed: [x.values[seed] for x in cells.values()] for seed in seeds}
         return dataclasses.replace(shown, values={s: max(x) - min(x) for s, x in errors.items()})
 

@@ -179,6 +179,7 @@ def _sweep(args: argparse.Namespace, overrides: list[str]) -> None:
 def _table(args: argparse.Namespace, overrides: list[str]) -> None:
     from lora_jax import locks, tables
     from lora_jax.tables import kept, render
+    from lora_jax.tables.work import fullest
 
     name, workdir = f"{Path(args.experiment).stem}_{args.scale}", Path(args.workdir)
     table = tables.load(args.experiment, args.scale)
@@ -191,7 +192,7 @@ def _table(args: argparse.Namespace, overrides: list[str]) -> None:
         filled = tables.run(
             table, args.scale, workdir,
             rows=args.rows, seeds=args.seeds, progress=not args.quiet, known=known, earlier=earlier,
-            after=lambda so_far: render.write(so_far, workdir, name, {**earlier, **known}),
+            after=lambda so_far: render.write(so_far, workdir, name, fullest(known, earlier)),
         )  # fmt: skip
     print(render.markdown(filled))
     print(f"{workdir / name}.csv, .md, .tex, .html and .json")

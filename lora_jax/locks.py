@@ -29,7 +29,8 @@ def alone(folder: Path) -> Iterator[None]:
         lock.acquire(blocking=False)
     except filelock.Timeout:
         raise UserError(
-            f"another process is at work in {folder}: wait until it ends, or choose another workdir"
+            f"another process, or this one, is at work in {folder}: wait until it ends, or choose "
+            "another workdir"
         ) from None
     try:
         yield

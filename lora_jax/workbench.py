@@ -70,8 +70,8 @@ class Workbench:
 
     def serves(self, method: Method) -> bool:
         """Whether the base is cut as this method needs it, and prompts are as long."""
-        here, cut = self.params, jax.eval_shape(method.arrange, self._uncut)
-        own = self.experiment.method
+        here, own = self.params, self.experiment.method
+        cut = jax.eval_shape(method.arrange, self._uncut)
         return list(partition.flatten(here)) == list(partition.flatten(cut)) and (
             own.placeholders(here) == method.placeholders(here)
         )

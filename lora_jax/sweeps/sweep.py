@@ -120,6 +120,7 @@ class Sweep:
         self.members = grid.unique(self.grid)
         self.keys = sorted({key for combo in combos for key in combo})
         self._benches: dict[str, list[Workbench]] = {}
+        self._bench_of: dict[str, Workbench] = {}
         self._update_seconds = 0.0
 
     @property
@@ -182,12 +183,15 @@ class Sweep:
         shared = {k: config[k] for k in ("model", "data", "evaluation", "mesh", "training")}
         shared["data"]["seed"] = shared["training"]["dropout_seed"] = None
         shared["training"]["start_from"] = None
-        benches = self._benches.setdefault(json.dumps(shared, sort_keys=True), [])
-        for bench in benches:
-            if bench.serves(member.experiment.method):
-                return bench
-        benches.append(Workbench(member.experiment))
-        return benches[-1]
+        key = json.dumps(shared, sort_keys=True)
+        own = json.dumps([key, config["method"]], sort_keys=True)
+        if own not in self._bench_of:
+            benches, method = self._benches.setdefault(key, []), member.experiment.method
+            if not (fit := [bench for bench in benches if bench.serves(method)]):
+                fit = [Workbench(member.experiment)]
+                benches.extend(fit)
+            self._bench_of[own] = fit[0]
+        return self._bench_of[own]
 
     def shapes(self, member: Member) -> Any:
         return self.bench(member).shapes(member.experiment)[0]

@@ -15,10 +15,11 @@ from typing import Any
 from lora_jax.errors import UserError
 from lora_jax.statistics import Summary
 from lora_jax.tables.table import Filled, Table
-from lora_jax.tables.work import Measured, Work, plain
+from lora_jax.tables.work import Measured, Work, fullest, plain
 
 log = logging.getLogger(__name__)
 _FIELDS = ("trainable_params", "seconds", "chosen", "reason", "notes", "software")
+_LISTS = ("notes", "software")
 _NEEDED = {"values", "summary", "runs", "notes"}  # an older version's file has no more
 
 
@@ -60,10 +61,7 @@ def read(paths: Sequence[Path], table: Table, scale: str) -> dict[str, Measured]
         rows, odd = _rows(path, table, scale)
         if odd:
             raise UserError(f"--known {path} has a row {odd[0]!r}, which the table has not")
-        more = {
-            n: x for n, x in rows.items() if n not in found or len(x.seeds) > len(found[n].seeds)
-        }
-        found |= more
+        found = fullest(found, rows)
     return found
 
 
@@ -145,8 +143,9 @@ def _measured(row: Mapping[str, Any], where: str) -> Measured:
         # An older version's file does not say.
         seeds=tuple(row.get("seeds", values or range(summary["n"] if summary else 0))),
         known_from=where,
-        **{name: row[name] for name in _FIELDS if name in row and name != "notes"},
+        **{name: row[name] for name in _FIELDS if name in row and name not in _LISTS},
         notes=tuple(row["notes"]),
+        software=tuple(row.get("software", ())),
     )
 
 

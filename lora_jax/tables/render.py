@@ -198,11 +198,15 @@ def _foot(filled: Filled) -> str:
         "mean": "mean ± std [95 % interval of the mean]",
         "median": "median ± std [least, greatest]",
     }
-    spent = sum({x.measured.where or x.row.name: x.measured.seconds for x in filled.lines}.values())
+    seconds: dict[str, float] = {}
+    for line in filled.lines:  # metrics of the same runs took them once
+        where = line.measured.where or line.row.name
+        seconds[where] = max(seconds.get(where, 0.0), line.measured.seconds)
+    spent = sum(seconds.values())
     declared = filled.table.declared_cost(filled.scale)
     cost = f"Declared cost: {declared}; " if declared else ""
     took = f"computing took {spent / 60:.1f} minutes."
-    used = dict.fromkeys(x.measured.software for x in filled.lines if x.measured.software)
+    used = dict.fromkeys(x for line in filled.lines for x in line.measured.software)
     software = f" Measured with {'; '.join(used)}." if used else ""
     return (
         f"Scale: {filled.scale}. Measured: {kind[filled.table.statistic]}. "

@@ -21,7 +21,7 @@ from lora_jax import statistics
 from lora_jax.errors import UserError, nearest
 from lora_jax.runs import software
 from lora_jax.tables.published import Cited, Published
-from lora_jax.tables.work import Computed, Counted, Following, Measured, NotRun, Work
+from lora_jax.tables.work import Computed, Counted, Following, Measured, NotRun, Work, fullest
 
 Scale = Literal["smoke", "small", "paper"]
 SCALES: tuple[Scale, ...] = ("smoke", "small", "paper")
@@ -262,7 +262,7 @@ def run(
     out = {r.name for r in table.rows
            if not wanted.search(r.name) and not isinstance(r.work, NotRun)}  # fmt: skip
     # A row that is left out stands with all seeds it has.
-    there |= {name: x for name, x in {**earlier, **known}.items() if name in out - follow}
+    there |= {name: x for name, x in fullest(known, earlier).items() if name in out - follow}
     lines = {r.name: _line(table, r, there[r.name]) for r in table.rows if r.name in there}
 
     def filled() -> Filled:
@@ -278,9 +278,9 @@ def run(
             part = had.of([seed for seed in numbers if seed in had.seeds]) if had else None
             left = [seed for seed in numbers if part is None or seed not in part.seeds]
             measured = _measure(row.name, work, workdir / scale / row.folder, left, progress)
-            measured = _with_software(measured, earlier.get(row.name))
             if part is not None and not measured.failed:
                 measured = part.and_more(measured)
+            measured = _as_measured_then(measured, earlier.get(row.name))
             lines[row.name] = _line(table, row, measured)
         elif row.name not in lines:
             lines[row.name] = _line(table, row, Measured({}, reason="left out by --rows"))
@@ -303,7 +303,9 @@ def _measure(name: str, work: Work, folder: Path, seeds: Sequence[int], progress
     if progress:
         print(name, flush=True)
     try:
-        return dataclasses.replace(work.measure(folder, seeds, progress), seeds=tuple(seeds))
+        found = work.measure(folder, seeds, progress)
+        used = (software(),) if found.found else ()
+        return dataclasses.replace(found, seeds=tuple(seeds), software=used)
     except (UserError, OSError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if progress:
@@ -311,14 +313,12 @@ def _measure(name: str, work: Work, folder: Path, seeds: Sequence[int], progress
         return Measured({}, reason=reason, failed=True)
 
 
-def _with_software(measured: Measured, before: Measured | None) -> Measured:
-    """With the versions of now, or of the earlier call that had the same numbers."""
-    if not measured.found:
-        return measured
-    numbers = [str((x.values, x.summary)) for x in (before, measured) if x]  # NaN equals NaN there
+def _as_measured_then(now: Measured, before: Measured | None) -> Measured:
+    """With the versions that an earlier call tells of, if it had the same numbers."""
+    numbers = [str((x.values, x.summary)) for x in (before, now) if x]  # NaN equals NaN there
     if before is None or numbers[0] != numbers[1]:
-        return dataclasses.replace(measured, software=software())
-    return dataclasses.replace(measured, software=before.software)
+        return now
+    return dataclasses.replace(now, software=before.software)
 
 
 def again(failed: Sequence[Line]) -> str:

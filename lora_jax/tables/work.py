@@ -27,6 +27,9 @@ from lora_jax.training import MeshConfig
 Overrides = Mapping[str, Any]
 
 
+LOST = "diverged, and left out: seed"
+
+
 @dataclasses.dataclass(frozen=True)
 class Measured:
     """What a cell gave.
@@ -62,19 +65,27 @@ class Measured:
     notes: tuple[str, ...] = ()
     known_from: str = ""
     seeds: tuple[int, ...] = ()
-    software: str = ""
+    software: tuple[str, ...] = ()
 
     def and_more(self, other: Measured) -> Measured:
-        """With the runs of other seeds."""
+        """With a training's runs of other seeds."""
         return dataclasses.replace(
             other if other.found else self,
             values={**self.values, **other.values},
             seconds=self.seconds + other.seconds,
             seeds=tuple(sorted({*self.seeds, *other.seeds})),
-            software="; ".join(dict.fromkeys(x.software for x in (self, other) if x.software)),
-            notes=tuple(dict.fromkeys(self.notes + other.notes)),
+            software=tuple(dict.fromkeys(self.software + other.software)),
+            notes=(*dict.fromkeys(self.notes + other.notes), LOST),
             place=other.place,
-        )
+        )._told_of_lost()
+
+    def _told_of_lost(self) -> Measured:
+        """With the note of lost seeds, if there is one, about those that are."""
+        notes = tuple(note for note in self.notes if not note.startswith(LOST))
+        lost = [str(seed) for seed in self.seeds if seed not in self.values]
+        if notes != self.notes and self.values and lost:
+            notes += (f"{LOST} {', '.join(lost)}",)
+        return dataclasses.replace(self, notes=notes)
 
     @property
     def where(self) -> str:
@@ -92,7 +103,16 @@ class Measured:
         if not (enough if self.values else alike):
             return None
         values = {seed: x for seed, x in self.values.items() if seed in seeds}
-        return dataclasses.replace(self, values=values, seeds=tuple(seeds))
+        return dataclasses.replace(self, values=values, seeds=tuple(seeds))._told_of_lost()
+
+
+def fullest(*several: Mapping[str, Measured]) -> dict[str, Measured]:
+    """By name, what has the most seeds; of equals the first."""
+    found: dict[str, Measured] = {}
+    for name, measured in (item for some in several for item in some.items()):
+        if name not in found or len(measured.seeds) > len(found[name].seeds):
+            found[name] = measured
+    return found
 
 
 _PLACES = ("data_dir", "folder")
@@ -212,7 +232,7 @@ class Trained:
             values[seed], params = self._value(result, metric), result["trainable_params"]
         reason = "" if values else "every run diverged"
         lost = [str(seed) for seed in seeds if seed not in values]
-        notes = (f"diverged, and left out: seed {', '.join(lost)}",) if values and lost else ()
+        notes = (f"{LOST} {', '.join(lost)}",) if values and lost else ()
         spent = self._spent(folder, seconds)
         return Measured(values, params, spent, chosen, reason, place=str(folder), notes=notes)
 
@@ -267,10 +287,6 @@ class Computed:
     seeded: bool = False
     name: str = ""
     metric: str = ""
-
-    @property
-    def by_seed(self) -> bool:
-        return self.seeded
 
     @property
     def file(self) -> str:

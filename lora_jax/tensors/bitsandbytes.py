@@ -18,14 +18,18 @@ PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE)
 """What stands beside a quantised tensor, as suffixes of its name."""
 
 
+_STATE = {"quant_type": str, "blocksize": int, "shape": list, "dtype": str}
+
+
 def state_of(packed: np.ndarray, name: str) -> dict[str, Any]:
     """What bitsandbytes says of a quantised tensor, from its bytes; UserError if they are none."""
     try:
         state = json.loads(packed.tobytes())
     except ValueError:
         state = None
-    needed = {"quant_type", "blocksize", "shape", "dtype"}
-    if not isinstance(state, dict) or not needed <= state.keys():
+    if not isinstance(state, dict) or not all(
+        isinstance(state.get(key), kind) for key, kind in _STATE.items()
+    ):
         raise UserError(f"{name}.{STATE} is damaged: get the file again")
     return state
 
@@ -50,6 +54,8 @@ def from_bitsandbytes(tensors: Mapping[str, Any], name: str, *, path: str = "") 
 
     state = state_of(of(STATE), name)
     nested = "nested_blocksize" in state
+    if nested and not isinstance(state.get("nested_offset"), float):
+        raise UserError(f"{name}.{STATE} has no nested_offset: get the file again")
     found = (state["quant_type"], state["blocksize"], state.get("nested_blocksize", NESTED))
     if found != ("nf4", BLOCK, NESTED) or len(state["shape"]) != 2:
         raise UserError(f"{name!r} is {found} of shape {state['shape']}, not ('nf4', 64, 256)")

@@ -45,7 +45,7 @@ def test_members_whose_base_is_cut_alike_share_it(tiny_config, tmp_path):
     benches = [id(sweep.bench(member)) for member in sweep.members]
     assert len(sweep.members) == 8 and len(set(benches)) == 2
     assert len(set(benches[:4])) == len(set(benches[4:])) == 1
-    sweep.run()
+    assert sweep.run()["packs"] == 4
     for member in sweep.members:
         result = json.loads((sweep.folder / member.name / "result.json").read_text())
         assert result["status"] == "finished"
@@ -56,7 +56,7 @@ def test_prompts_of_another_length_are_no_part_of_a_shared_base(tiny_config, tmp
     config = {**tiny_config(training={"steps": 2}), "method": fields}
     grid = {"infix": [{"method.infix": n} for n in (0, 1, 1)]}
     sweep = Sweep(to_dict(from_dict(config)), grid, tmp_path / "sweep", Options(), False)
-    assert [len(sweep.bench(m).placeholders) for m in sweep.members] in ([0, 1], [0, 1, 1])
+    assert [len(sweep.bench(m).placeholders) for m in sweep.members] == [0, 1]
 
 
 def test_a_pattern_that_is_none_is_told(tiny_config, tmp_path, capsys):
