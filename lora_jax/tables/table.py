@@ -257,12 +257,12 @@ def run(
 
     follow = {row.name for row in table.rows if isinstance(row.work, Following)}
     final = {name: measured for name, measured in of(known).items() if name not in follow}
-    there = {**of(earlier), **final}
     # What is not run at all gives its own reason in any case.
     out = {r.name for r in table.rows
            if not wanted.search(r.name) and not isinstance(r.work, NotRun)}  # fmt: skip
-    # A row that is left out stands with all seeds it has.
-    there |= {name: x for name, x in fullest(known, earlier).items() if name in out - follow}
+    # A row that is left out stands with all seeds it has, and so does one that is yet to be run.
+    there = {name: x for name, x in fullest(known, earlier).items() if name not in follow}
+    there |= {name: x for name, x in {**of(earlier), **final}.items() if name not in out}
     lines = {r.name: _line(table, r, there[r.name]) for r in table.rows if r.name in there}
 
     def filled() -> Filled:

@@ -493,6 +493,20 @@ def test_a_training_goes_on_from_known_seeds(tiny_config: Any, tmp_path: Path) -
     assert not tables.Trained(str(config), grid=rates).by_seed
 
 
+def test_a_row_yet_to_be_run_stands_with_the_seeds_it_has(tmp_path: Path) -> None:
+    """An interruption takes away nothing of it."""
+    table = a_table([])
+    had = {"c / d90": Measured({0: 4.0}, seeds=(0,)), "a & b / d90": Measured({0: 5.0}, seeds=(0,))}
+    shown: list[dict[str, Any]] = []
+
+    def after(filled: Filled) -> None:
+        shown.append({line.row.row: dict(line.measured.values) for line in filled.lines})
+
+    tables.run(table, "small", tmp_path, seeds=2, earlier=had, after=after)
+    assert shown[0] == {"a & b": {0: 10.0, 1: 11.0}, "c": {0: 4.0}}
+    assert shown[-1] == {"a & b": {0: 10.0, 1: 11.0}, "c": {0: 1.0}, "d": {}}
+
+
 def test_rows_left_out_stand_as_they_were_measured_before(tmp_path: Path) -> None:
     experiment, calls = tmp_path / "exp.py", tmp_path / "calls"
     experiment.write_text(SHARED.format(calls=str(calls)))
