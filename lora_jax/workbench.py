@@ -276,7 +276,7 @@ class Workbench:
     def score(self, predictions: Any) -> dict[str, float]:
         """The task's metrics, the principal one first."""
         if self.by_loss:
-            return {"loss": mean_of(predictions)}
+            return {"loss": loss.mean_of(predictions)}
         found = self.task.metrics(predictions, self.validation_records)
         return {name: float(value) for name, value in found.items()}
 
@@ -389,13 +389,7 @@ class Workbench:
         if not self.general_batches:
             return {}
         sums = self._outputs(self._run_loss_sums, variables, self.general_batches)
-        return {"general_loss": mean_of(sums)}
-
-
-def mean_of(sums: Sequence[tuple[Any, Any]]) -> float:
-    """Nats a token from (sum of losses, tokens) of batches."""
-    total, tokens = (float(np.sum(column)) for column in zip(*sums, strict=True))
-    return total / tokens
+        return {"general_loss": loss.mean_of(sums)}
 
 
 def endless(batches: Callable[[], Iterator[Batch]]) -> Iterator[Batch]:

@@ -18,9 +18,8 @@ from lora_jax.sweeps.grid import Member
 from lora_jax.sweeps.pack import Program
 from lora_jax.sweeps.search import Halving
 from lora_jax.sweeps.slots import Slot
-from lora_jax.training import Interrupted, State, Terminated
+from lora_jax.training import Interrupted, State, Terminated, loss
 from lora_jax.training.spectra import Row
-from lora_jax.workbench import mean_of
 
 Done = Callable[[Member, dict[str, Any]], None]
 
@@ -256,7 +255,7 @@ class Trainer:
         if not bench.general_batches:
             return [{} for _ in indices]
         sums = self.program.outputs(bench.loss_sums, self._states, indices, bench.general_batches)
-        return [{"general_loss": mean_of(out)} for out in sums]
+        return [{"general_loss": loss.mean_of(out)} for out in sums]
 
     def _free(self, index: int, result: dict[str, Any]) -> None:
         slot = self._at(index)

@@ -315,10 +315,10 @@ def _measure(name: str, work: Work, folder: Path, seeds: Sequence[int], progress
 
 def _as_measured_then(now: Measured, before: Measured | None) -> Measured:
     """With the versions that an earlier call tells of, if it had the same numbers."""
-    numbers = [str((x.values, x.summary)) for x in (before, now) if x]  # NaN equals NaN there
-    if before is None or numbers[0] != numbers[1]:
-        return now
-    return dataclasses.replace(now, software=before.software)
+    # As text NaN equals NaN.
+    if before and str((before.values, before.summary)) == str((now.values, now.summary)):
+        return dataclasses.replace(now, software=before.software)
+    return now
 
 
 def again(failed: Sequence[Line]) -> str:

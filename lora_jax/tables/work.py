@@ -25,9 +25,7 @@ from lora_jax.sweeps.sweep import Options, Sweep
 from lora_jax.training import MeshConfig
 
 Overrides = Mapping[str, Any]
-
-
-LOST = "diverged, and left out: seed"
+_LOST = "diverged, and left out: seed "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,23 +67,18 @@ class Measured:
 
     def and_more(self, other: Measured) -> Measured:
         """With a training's runs of other seeds."""
+        values = {**self.values, **other.values}
+        seeds = tuple(sorted({*self.seeds, *other.seeds}))
+        notes = [x for x in self.notes + other.notes if not x.startswith(_LOST)]
         return dataclasses.replace(
             other if other.found else self,
-            values={**self.values, **other.values},
+            values=values,
             seconds=self.seconds + other.seconds,
-            seeds=tuple(sorted({*self.seeds, *other.seeds})),
+            seeds=seeds,
             software=tuple(dict.fromkeys(self.software + other.software)),
-            notes=(*dict.fromkeys(self.notes + other.notes), LOST),
+            notes=(*dict.fromkeys(notes), *_lost(values, seeds)),
             place=other.place,
-        )._told_of_lost()
-
-    def _told_of_lost(self) -> Measured:
-        """With the note of lost seeds, if there is one, about those that are."""
-        notes = tuple(note for note in self.notes if not note.startswith(LOST))
-        lost = [str(seed) for seed in self.seeds if seed not in self.values]
-        if notes != self.notes and self.values and lost:
-            notes += (f"{LOST} {', '.join(lost)}",)
-        return dataclasses.replace(self, notes=notes)
+        )
 
     @property
     def where(self) -> str:
@@ -103,7 +96,16 @@ class Measured:
         if not (enough if self.values else alike):
             return None
         values = {seed: x for seed, x in self.values.items() if seed in seeds}
-        return dataclasses.replace(self, values=values, seeds=tuple(seeds))._told_of_lost()
+        notes = tuple(x for x in self.notes if not x.startswith(_LOST))
+        if notes != self.notes:
+            notes += _lost(values, seeds)
+        return dataclasses.replace(self, values=values, seeds=tuple(seeds), notes=notes)
+
+
+def _lost(values: Mapping[int, float], seeds: Sequence[int]) -> tuple[str, ...]:
+    """A training's note of the seeds that gave no number, where others did."""
+    lost = [str(seed) for seed in seeds if seed not in values]
+    return (f"{_LOST}{', '.join(lost)}",) if values and lost else ()
 
 
 def fullest(*several: Mapping[str, Measured]) -> dict[str, Measured]:
@@ -231,8 +233,7 @@ class Trained:
                 continue
             values[seed], params = self._value(result, metric), result["trainable_params"]
         reason = "" if values else "every run diverged"
-        lost = [str(seed) for seed in seeds if seed not in values]
-        notes = (f"{LOST} {', '.join(lost)}",) if values and lost else ()
+        notes = _lost(values, seeds)
         spent = self._spent(folder, seconds)
         return Measured(values, params, spent, chosen, reason, place=str(folder), notes=notes)
 

@@ -7,11 +7,12 @@ Variables may hold weights everywhere: models are run through `adapt` here.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax.errors import UserError
 from lora_jax.losses import cross_entropy, model_input, shifted_targets
@@ -115,3 +116,9 @@ def _check(chunk: int, label_smoothing: float) -> None:
         raise UserError(f"chunk={chunk}: the loss needs chunks of at least 1 position.")
     if not 0 <= label_smoothing < 1:
         raise UserError(f"label_smoothing={label_smoothing} must be in [0, 1).")
+
+
+def mean_of(sums: Sequence[tuple[Any, Any]]) -> float:
+    """Nats a token from (sum of losses, tokens) of batches."""
+    total, tokens = (float(np.sum(column)) for column in zip(*sums, strict=True))
+    return total / tokens
