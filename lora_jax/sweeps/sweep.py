@@ -187,10 +187,11 @@ class Sweep:
         own = json.dumps([key, config["method"]], sort_keys=True)
         if own not in self._bench_of:
             benches, method = self._benches.setdefault(key, []), member.experiment.method
-            if not (fit := [bench for bench in benches if bench.serves(method)]):
-                fit = [Workbench(member.experiment)]
-                benches.extend(fit)
-            self._bench_of[own] = fit[0]
+            bench = next((one for one in benches if one.serves(method)), None)
+            if bench is None:
+                bench = Workbench(member.experiment)
+                benches.append(bench)
+            self._bench_of[own] = bench
         return self._bench_of[own]
 
     def shapes(self, member: Member) -> Any:
